@@ -1,5 +1,24 @@
 """Analysis: measurements of models and of training, returned as numbers."""
 
+from jaxref.analysis.dynamics.attention_entropy import plot_attention_entropy
+from jaxref.analysis.dynamics.depth import (
+    DepthStatistics,
+    hidden_state_statistics,
+    layer_gradient_norms,
+    layer_removal_drop,
+    plot_depth_statistics,
+    pre_ln_variance_growth,
+)
+from jaxref.analysis.dynamics.diffusion import (
+    UltraSlowDiffusion,
+    fit_ultra_slow_diffusion,
+    weight_distance,
+)
+from jaxref.analysis.dynamics.signal_propagation import (
+    SignalPropagation,
+    plot_signal_propagation,
+    signal_propagation,
+)
 from jaxref.analysis.dynamics.training_stability import (
     StabilityForecast,
     extrapolate_instability,
@@ -7,6 +26,8 @@ from jaxref.analysis.dynamics.training_stability import (
     log_z,
     max_attention_logit,
 )
+from jaxref.analysis.representations.similarity import angular_distance
+from jaxref.analysis.scaling_laws.intersection import ScalingIntersection, scaling_intersection
 
 __all__ = [
     "learning_rate_sensitivity",
@@ -14,4 +35,20 @@ __all__ = [
     "log_z",
     "StabilityForecast",
     "extrapolate_instability",
+    "pre_ln_variance_growth",
+    "hidden_state_statistics",
+    "DepthStatistics",
+    "plot_depth_statistics",
+    "layer_gradient_norms",
+    "layer_removal_drop",
+    "signal_propagation",
+    "SignalPropagation",
+    "plot_signal_propagation",
+    "plot_attention_entropy",
+    "angular_distance",
+    "scaling_intersection",
+    "ScalingIntersection",
+    "weight_distance",
+    "UltraSlowDiffusion",
+    "fit_ultra_slow_diffusion",
 ]

@@ -7,7 +7,7 @@ from jaxref.losses.classification import (
     squentropy,
     truncated_poly_loss,
 )
-from jaxref.losses.language import z_loss
+from jaxref.losses.language import load_balance_loss, z_loss
 
 __all__ = [
     "poly_cross_entropy",
@@ -16,4 +16,5 @@ __all__ = [
     "squentropy",
     "rescaled_square_loss",
     "z_loss",
+    "load_balance_loss",
 ]

@@ -1,10 +1,57 @@
 """flax.nnx modules: thin classes around the pure functions of the method rooms."""
 
+from jaxref.nn.activations import (
+    CRReLU,
+    activation_entropy,
+    crrelu,
+    entropy_correction,
+    worst_activation,
+)
 from jaxref.nn.attention import MultiHeadAttention
+from jaxref.nn.conv import (
+    Conv,
+    ScaledWeightStandardizedConv,
+    SigmaReparamConv,
+    WeightStandardizedConv,
+)
 from jaxref.nn.linear import Embed, Linear
-from jaxref.nn.mlp import MLP
+from jaxref.nn.mixture_of_experts import (
+    EnforcedRoutingMoE,
+    ExpertParameters,
+    MixtureOfExperts,
+    RouterOutput,
+    enforced_routing_mlp,
+    mixture_of_experts_ffn,
+    top_k_router,
+)
+from jaxref.nn.mlp import MLP, ScaledFusedMLP
 from jaxref.nn.normalization import Norm
+from jaxref.nn.parameter_attention import ParameterAttention
+from jaxref.nn.quasi_lstm import QuasiLSTM, QuasiLSTMBlock, quasi_lstm
+from jaxref.nn.recurrent import (
+    LayerNormGRUCell,
+    LayerNormGRUParams,
+    LayerNormLSTMCell,
+    LayerNormLSTMParams,
+    layer_norm_gru_cell,
+    layer_norm_lstm_cell,
+)
+from jaxref.nn.region import RegionNormBasic, RegionNormLearnable
+from jaxref.nn.reparametrized import (
+    ScaledWeightStandardizedLinear,
+    SigmaReparamLinear,
+    SpectralNormalizedLinear,
+    WeightNormalizedLinear,
+    WeightStandardizedLinear,
+)
 from jaxref.nn.stable_embedding import StableEmbedding
+from jaxref.nn.static_mixing import CausalActivation
+from jaxref.nn.test_time import AlphaBatchNorm, UnMixNorm
+from jaxref.nn.token_mixers import (
+    CausalGenerationMixer,
+    EntropyGuidedAttention,
+    ThirdOrderAttention,
+)
 from jaxref.nn.variables import AuxiliaryLoss, GradientState
 
 __all__ = [
@@ -12,8 +59,48 @@ __all__ = [
     "Embed",
     "StableEmbedding",
     "Norm",
+    "RegionNormBasic",
+    "RegionNormLearnable",
     "MLP",
+    "ScaledFusedMLP",
     "MultiHeadAttention",
+    "EntropyGuidedAttention",
+    "ThirdOrderAttention",
+    "CausalGenerationMixer",
     "GradientState",
     "AuxiliaryLoss",
+    "CausalActivation",
+    "ParameterAttention",
+    "MixtureOfExperts",
+    "EnforcedRoutingMoE",
+    "ExpertParameters",
+    "RouterOutput",
+    "top_k_router",
+    "mixture_of_experts_ffn",
+    "enforced_routing_mlp",
+    "crrelu",
+    "CRReLU",
+    "worst_activation",
+    "entropy_correction",
+    "activation_entropy",
+    "AlphaBatchNorm",
+    "UnMixNorm",
+    "Conv",
+    "WeightStandardizedConv",
+    "ScaledWeightStandardizedConv",
+    "SigmaReparamConv",
+    "WeightStandardizedLinear",
+    "ScaledWeightStandardizedLinear",
+    "SigmaReparamLinear",
+    "WeightNormalizedLinear",
+    "SpectralNormalizedLinear",
+    "layer_norm_lstm_cell",
+    "LayerNormLSTMParams",
+    "LayerNormLSTMCell",
+    "layer_norm_gru_cell",
+    "LayerNormGRUParams",
+    "LayerNormGRUCell",
+    "quasi_lstm",
+    "QuasiLSTM",
+    "QuasiLSTMBlock",
 ]

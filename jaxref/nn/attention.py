@@ -1,24 +1,38 @@
 """Multi-head attention around any attention function of `jaxref.attention`."""
 
 from collections.abc import Callable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from jaxref.attention import dot_product_attention, rotary_embedding
+from jaxref.attention import (
+    KeyValueCache,
+    dot_product_attention,
+    key_value_cache_append,
+    key_value_cache_init,
+    rotary_embedding,
+)
 from jaxref.core.checks import check_interval
 from jaxref.nn.linear import Linear
 from jaxref.nn.normalization import Norm
+from jaxref.quantization import (
+    StaircaseCache,
+    staircase_cache_append,
+    staircase_cache_init,
+    staircase_cache_read,
+)
+
+Cache = KeyValueCache | StaircaseCache
 
 
 class MultiHeadAttention(nnx.Module):
-    """Self-attention: project to heads, attend, project back.
+    """Attention of a sequence over itself, or over another one: project, attend, project back.
 
-        q, k, v = x W_q, x W_k, x W_v;   y = attention(q, k, v) W_o
+        q = x W_q,   k, v = c W_k, c W_v,   y = attention(q, k, v) W_o,   c = x unless given
 
     with q and k normalised per head and rotated by position where asked for.
 
@@ -27,17 +41,25 @@ class MultiHeadAttention(nnx.Module):
       num_heads: query heads.
       num_kv_heads: key and value heads, a divisor of `num_heads`; default `num_heads`.
       head_dim: size of a head; default `features / num_heads`.
-      attention: `attention(query, key, value, *, mask, is_causal)`.
+      attention: `attention(query, key, value, *, mask, is_causal)`, and `bias` where
+        `position_bias` is given.
       query_key_norm: a norm of `jaxref.norms` for query and key, over `head_dim` with a gain shared
         by the heads; None leaves them as they are.
       rotary_base: base of the rotary embedding's wavelengths; None for no rotation.
-      kernel_init, output_init: initializers of W_q, W_k, W_v and of W_o.
+      rotary_fraction: the share of each head that is rotated, its first entries; in (0, 1].
+      position_bias: `position_bias(num_heads, q_len, k_len, *, query_positions)`, what is added to
+        the logits, such as `jaxref.attention.harmonic_alibi_bias`; None for nothing.
+      linear: the class of the projections: `Linear`, or one of its kind.
+      use_bias: add biases to the projections.
+      kernel_init: initializer of W_q and W_k. Default: the projections' own.
+      value_init, output_init: of W_v and of W_o. Default: `kernel_init`.
       dtype, param_dtype: types to compute in and of the parameters.
       rngs: source of the `params` key.
 
     Raises:
       ValueError: `num_heads` does not divide `features` and no `head_dim` is given, or
-        `num_kv_heads` does not divide `num_heads`, or one of them is below 1.
+        `num_kv_heads` does not divide `num_heads`, or one of them is below 1, or a fraction that
+        leaves no pair of entries to rotate.
 
     Fewer key and value heads make decoding cheaper; the norm of query and key bounds the scores,
     for high learning rates.
@@ -62,7 +84,12 @@ class MultiHeadAttention(nnx.Module):
         attention: Callable[..., Array] = dot_product_attention,
         query_key_norm: Callable[..., Array] | None = None,
         rotary_base: float | None = None,
-        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+        rotary_fraction: float = 1.0,
+        position_bias: Callable[..., Array] | None = None,
+        linear: Callable[..., Any] = Linear,
+        use_bias: bool = False,
+        kernel_init: Initializer | None = None,
+        value_init: Initializer | None = None,
         output_init: Initializer | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -70,6 +97,7 @@ class MultiHeadAttention(nnx.Module):
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_interval(1, jnp.inf, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        check_interval(0, 1, closed="right", rotary_fraction=rotary_fraction)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}"
@@ -81,31 +109,35 @@ class MultiHeadAttention(nnx.Module):
                     f"got {num_heads}"
                 )
             head_dim = features // num_heads
-
-        def project(heads: int, axis: str) -> Linear:
-            return Linear(
-                features,
-                (heads, head_dim),
-                axes=("embed", axis, None),
-                kernel_init=kernel_init,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
+        self.rotated = (
+            head_dim if rotary_fraction == 1 else int(rotary_fraction * head_dim) // 2 * 2
+        )
+        if rotary_base is not None and self.rotated == 0:
+            raise ValueError(
+                f"rotary_fraction must leave a pair of the {head_dim} entries of a head to rotate, "
+                f"got {rotary_fraction}"
             )
 
+        def project(inputs: Any, outputs: Any, axes: Any, init: Initializer | None) -> Any:
+            given: dict[str, Any] = {} if init is None else {"kernel_init": init}
+            if use_bias:
+                given["use_bias"] = True
+            return linear(
+                inputs, outputs, axes=axes, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **given
+            )
+
+        def to_heads(heads: int, axis: str, init: Initializer | None) -> Any:
+            return project(features, (heads, head_dim), ("embed", axis, None), init)
+
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.attention = attention
         self.rotary_base = rotary_base
-        self.query = project(num_heads, "heads")
-        self.key = project(num_kv_heads, "kv_heads")
-        self.value = project(num_kv_heads, "kv_heads")
-        self.output = Linear(
-            (num_heads, head_dim),
-            features,
-            axes=("heads", None, "embed"),
-            kernel_init=output_init or kernel_init,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
+        self.position_bias = position_bias
+        self.query = to_heads(num_heads, "heads", kernel_init)
+        self.key = to_heads(num_kv_heads, "kv_heads", kernel_init)
+        self.value = to_heads(num_kv_heads, "kv_heads", value_init or kernel_init)
+        self.output = project(
+            (num_heads, head_dim), features, ("heads", None, "embed"), output_init or kernel_init
         )
 
         def norm() -> Norm | None:
@@ -115,16 +147,116 @@ class MultiHeadAttention(nnx.Module):
 
         self.query_norm, self.key_norm = norm(), norm()
 
-    def __call__(self, x: Array, *, mask: Array | None = None, is_causal: bool = False) -> Array:
-        """Attends within `x [batch, length, features]`.
+    def __call__(
+        self,
+        x: Array,
+        *,
+        context: Array | None = None,
+        mask: Array | None = None,
+        is_causal: bool = False,
+    ) -> Array:
+        """Attends within `x [batch, length, features]`, or from it over a context.
 
-        `mask` is boolean, broadcastable to `[batch, heads, length, length]`, True where a query
-        (third axis) may see a key (fourth); `is_causal` hides the keys that follow the query.
+        `context` is `[batch, k_len, features]`. `mask` is boolean, broadcastable to
+        `[batch, heads, length, k_len]`, True where a query (third axis) may see a key (fourth);
+        `is_causal` hides the keys that follow the query.
         """
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.rotary_base is not None:
-            query = rotary_embedding(query, base=self.rotary_base)
-            key = rotary_embedding(key, base=self.rotary_base)
-        return self.output(self.attention(query, key, value, mask=mask, is_causal=is_causal))
+        query = self._query(x, None)
+        key, value = self.remember(x if context is None else context)
+        return self.output(self.attend(query, key, value, mask=mask, is_causal=is_causal))
+
+    def attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        mask: Array | None = None,
+        is_causal: bool = False,
+        positions: Array | None = None,
+    ) -> Array:
+        """The attention of projected queries; `positions [batch, q_len]` are those of the queries,
+        which by default count from 0."""
+        given: dict[str, Any] = {}
+        if self.position_bias is not None:
+            given["bias"] = self.position_bias(
+                self.num_heads, query.shape[1], key.shape[1], query_positions=positions
+            )
+        return self.attention(query, key, value, mask=mask, is_causal=is_causal, **given)
+
+    def remember(self, x: Array, positions: Array | None = None) -> tuple[Array, Array]:
+        """Keys and values `[batch, length, kv_heads, head_dim]` of a sequence, to attend over."""
+        key = self.key(x)
+        if self.key_norm is not None:
+            key = self.key_norm(key)
+        return self._rotate(key, positions), self.value(x)
+
+    def recall(self, x: Array, memory: tuple[Array, Array], *, mask: Array | None = None) -> Array:
+        """Attends from `x` over what `remember` gave."""
+        return self.output(self.attend(self._query(x, None), *memory, mask=mask))
+
+    def init_cache(
+        self, batch: int, max_length: int, *, dtype: DTypeLike, kind: str = "full", **options: Any
+    ) -> Cache:
+        """What generation remembers: "full" keys and values, or "staircase" for those whose
+        precision falls with age, with the options of `jaxref.quantization.staircase_cache_init`."""
+        init: Any = {"full": key_value_cache_init, "staircase": staircase_cache_init}[kind]
+        sizes = (batch, max_length, self.num_kv_heads, self.head_dim)
+        return init(*sizes, dtype=dtype, **options)
+
+    def extend(
+        self,
+        x: Array,
+        cache: Any,
+        *,
+        positions: Array,
+        where: Array,
+        prefix_lengths: Array,
+    ) -> tuple[Array, Any]:
+        """Attends from the next tokens over themselves and all that came before.
+
+        Args:
+          x: `[batch, n, features]`.
+          cache: what `init_cache` or the previous call gave.
+          positions: integer `[batch, n]`, where each token stands; they follow each other.
+          where: boolean `[batch, n]`: the tokens that exist, ahead of those that do not.
+          prefix_lengths: integer `[batch]`, how many positions every token may see, besides those
+            up to its own.
+
+        Returns:
+          `[batch, n, features]`, and the cache with these tokens in it.
+        """
+        query, (key, value) = self._query(x, positions), self.remember(x, positions)
+        if isinstance(cache, KeyValueCache):
+            cache = key_value_cache_append(cache, key, value, positions[:, 0])
+            key, value = cache
+        else:
+            cache = staircase_cache_append(cache, key, value, where=where)
+            key, value = staircase_cache_read(cache)
+        mask = visible_positions(positions, prefix_lengths, key.shape[1])
+        return self.output(self.attend(query, key, value, mask=mask, positions=positions)), cache
+
+    def _query(self, x: Array, positions: Array | None) -> Array:
+        query = self.query(x)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        return self._rotate(query, positions)
+
+    def _rotate(self, x: Array, positions: Array | None) -> Array:
+        if self.rotary_base is None:
+            return x
+        rotated = rotary_embedding(x[..., : self.rotated], positions, base=self.rotary_base)
+        if self.rotated == self.head_dim:
+            return rotated
+        return jnp.concatenate([rotated, x[..., self.rotated :]], axis=-1)
+
+
+def visible_positions(positions: Array, prefix_lengths: Array, length: int) -> Array:
+    """What tokens at `positions [batch, n]` may see: a mask `[batch, 1, n, length]`.
+
+    >>> visible_positions(jnp.array([[1]]), jnp.array([0]), 3).ravel().tolist()
+    [True, True, False]
+    """
+    keys = jnp.arange(length)
+    seen = (keys <= positions[..., None]) | (keys < prefix_lengths[:, None, None])
+    return seen[:, None]

@@ -67,6 +67,7 @@ class Norm(nnx.Module):
             parameter = nnx.Param(initial(features, param_dtype), axes=axes) if learned else None
             setattr(self, name, parameter)
         self.use_running_average = False
+        self._takes_where = "where" in asked
         self._state_type, self.state = None, None
         if "state" in asked:
             state = (init or _known_init(function))(features)
@@ -84,22 +85,27 @@ class Norm(nnx.Module):
     def __call__(self, x: Array, *, where: Array | None = None) -> Array:
         """Normalises `[..., features]`.
 
-        `where` is boolean, broadcastable to `x`: the entries that count in the statistics. It may
-        only be given to a function that takes it.
+        `where` is boolean, broadcastable to `x`: the entries that count in the statistics. A norm
+        without statistics has no use for it.
         """
         arguments: dict[str, Any] = {name: getattr(self, name)[...] for name in self._learned}
-        if where is not None:
-            arguments["where"] = where
         if self.state is None:
             return self.function(x, **arguments)
+        if where is not None and self._takes_where:
+            arguments["where"] = where
         training = not self.use_running_average
-        state = self._state_type(**{name: value[...] for name, value in self.state.items()})
-        y, state = self.function(x, state, **arguments, training=training)
+        y, state = self.function(x, self.running_state(), **arguments, training=training)
         if training:
             for name, variable in self.state.items():
                 if not isinstance(variable, GradientState):
                     variable[...] = getattr(state, name)
         return y
+
+    def running_state(self) -> Any:
+        """The statistics as the NamedTuple that the function takes; None where it takes none."""
+        if self.state is None:
+            return None
+        return self._state_type(**{name: value[...] for name, value in self.state.items()})
 
 
 def _is_learned(name: str) -> bool:

@@ -1,5 +1,13 @@
 """Quantization: one tensor type `QTensor`, and `quantize`, `dequantize`, `fake_quantize`."""
 
+from jaxref.quantization.kv_cache import (
+    StaircaseCache,
+    staircase_bits,
+    staircase_cache_append,
+    staircase_cache_init,
+    staircase_cache_nbytes,
+    staircase_cache_read,
+)
 from jaxref.quantization.packing import pack, unpack
 from jaxref.quantization.tensor import QTensor, QuantSpec
 from jaxref.quantization.uniform import dequantize, fake_quantize, quantize
@@ -12,4 +20,10 @@ __all__ = [
     "fake_quantize",
     "pack",
     "unpack",
+    "StaircaseCache",
+    "staircase_bits",
+    "staircase_cache_init",
+    "staircase_cache_append",
+    "staircase_cache_read",
+    "staircase_cache_nbytes",
 ]

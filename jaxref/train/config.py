@@ -22,8 +22,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "model": ("jaxref.models",),
     "model.norm": ("jaxref.norms",),
     "model.query_key_norm": ("jaxref.norms",),
-    "model.attention": ("jaxref.attention",),
-    "model.activation": ("jax.nn",),
+    "model.final_norm": ("jaxref.norms",),
+    "model.attention": ("jaxref.attention", "jaxref.nn"),
+    "model.linear": ("jaxref.nn",),
+    "model.mlp": ("jaxref.nn",),
+    "model.activation": ("jax.nn", "jaxref.nn"),
+    "model.conv": ("jaxref.nn",),
     "loss": ("jaxref.kernels", "jaxref.losses", "optax.losses"),
     "optimizer": ("jaxref.train.methods", "jaxref.optimizers", "optax"),
     "optimizer.base": ("jaxref.optimizers", "optax"),
@@ -32,7 +36,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }
 """Where a component's name is looked up, in this order. optax completes our own rooms."""
 
-OPTIONAL = ("model.query_key_norm",)
+OPTIONAL = ("model.query_key_norm", "model.norm", "model.final_norm")
 """Components whose name may be None."""
 
 FREE_KEYS = (
@@ -56,8 +60,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """The configuration that a file and overrides of single keys make.
 
     Args:
-      path: a Python file that defines `get_config() -> ConfigDict`. Default: the main job's,
-        jaxref/train/configs/default.py. Keys that the file leaves out are the main job's.
+      path: a Python file that defines `get_config() -> ConfigDict`, relative to the current
+        directory or, like configs/digits.py, to jaxref/train. Default: the main job's,
+        configs/default.py. Keys that the file leaves out are the main job's.
       overrides: as in `with_overrides`.
 
     Raises:
@@ -165,6 +170,8 @@ def _section(config: ConfigDict, dotted: str) -> ConfigDict:
 
 
 def _from_file(path: Path) -> dict[str, Any]:
+    if not path.is_file() and (Path(__file__).parent / path).is_file():
+        path = Path(__file__).parent / path  # one of ours: configs/digits.py
     if not path.is_file():
         raise ConfigError(f"--config: there is no file {path}")
     spec = importlib.util.spec_from_file_location("jaxref_config", path)

@@ -8,18 +8,21 @@ target once.
 
 import glob
 import hashlib
+import math
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxref.core.checks import check_interval
+from jaxref.train.baselines import compression_bits_per_byte, unigram_entropy
 
 Batch = dict[str, np.ndarray]
 
@@ -44,6 +47,9 @@ class Corpus(NamedTuple):
       vocab_size: every id is below it.
       is_bytes: whether an id is a byte, so that `tokens.tobytes()` is text.
       description: where the tokens come from, in a few words.
+
+    The methods are what the training loop asks of its data; `jaxref.train.images.ImageSet` has
+    them, too. They take the whole configuration.
     """
 
     train: np.ndarray
@@ -51,6 +57,49 @@ class Corpus(NamedTuple):
     vocab_size: int
     is_bytes: bool
     description: str
+
+    @property
+    def unit(self) -> str:
+        """What a loss is per."""
+        return "byte" if self.is_bytes else "token"
+
+    def sizes(self, config: ConfigDict) -> dict[str, Any]:
+        """What the program has to know of the data."""
+        num_examples = num_windows(self.train, config.length)
+        return {"vocab_size": self.vocab_size, "num_examples": num_examples}
+
+    def summary(self) -> str:
+        """The data in a line."""
+        return (
+            f"{self.description}; {len(self.train):,} tokens to train on, "
+            f"{len(self.validation):,} held out"
+        )
+
+    def per_step(self, config: ConfigDict) -> tuple[int, str]:
+        """How many tokens a step reads, and a name for their rate."""
+        return config.batch_size * config.length, "tokens_per_second"
+
+    def batches(self, config: ConfigDict, **process: int) -> grain.IterDataset[Batch]:
+        """The endless training batches of a process."""
+        return train_batches(
+            self.train,
+            batch_size=config.batch_size,
+            length=config.length,
+            seed=config.seed,
+            **process,
+        )
+
+    def held_out(self, config: ConfigDict) -> tuple[list[Batch], dict[str, float]]:
+        """The validation batches, and the loss in nats of what needs no model, by name: the entropy
+        of the symbols' frequencies ("unigram") and, for bytes, what zlib and lzma make of them."""
+        window = {"length": config.length, "max_tokens": config.validation_tokens}
+        tokens = validation_tokens(self.validation, **window)
+        baselines = {"unigram": unigram_entropy(tokens)}
+        if self.is_bytes:
+            compressed = compression_bits_per_byte(validation_text(self.validation, **window))
+            baselines |= {name: bits * math.log(2) for name, bits in compressed.items()}
+        batches = validation_batches(self.validation, batch_size=config.batch_size, **window)
+        return list(batches), baselines
 
 
 def load_corpus(
@@ -165,6 +214,46 @@ def train_batches(
       >>> batch["inputs"].shape, bool((batch["targets"] == batch["inputs"] + 1).all())
       ((4, 8), True)
     """
+    windows = _windows(tokens, length)
+    return example_batches(
+        len(windows),
+        lambda ids: _inputs_and_targets(windows[ids]),
+        batch_size=batch_size,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def example_batches(
+    num_examples: int,
+    gather: Callable[[np.ndarray], Batch],
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset[Batch]:
+    """Endless batches of examples in an order that is shuffled anew every epoch: see
+    `train_batches`.
+
+    Args:
+      num_examples: examples of an epoch.
+      gather: makes a batch of the examples of given ids, int32 `[rows]`.
+      batch_size, seed, process_index, process_count: as in `train_batches`.
+
+    Returns:
+      A dataset of what `gather` makes, and "ids".
+
+    Raises:
+      ValueError: sizes that are not positive, a `batch_size` that `process_count` does not divide,
+        a `process_index` outside of the processes, or a `seed` out of range.
+
+    Example:
+      >>> batches = example_batches(5, lambda ids: {"inputs": ids}, batch_size=2, seed=0)
+      >>> sorted(next(iter(batches)))
+      ['ids', 'inputs']
+    """
     check_interval(1, np.inf, batch_size=batch_size, process_count=process_count)
     check_interval(0, process_count - 1, process_index=process_index)
     check_interval(0, 2**32 - 1, seed=seed)
@@ -172,19 +261,18 @@ def train_batches(
         raise ValueError(
             f"batch_size must be divisible by process_count, got {batch_size} and {process_count}"
         )
-    windows = _windows(tokens, length)
 
-    def gather(indices: Sequence[int]) -> Batch:
+    def batch(indices: Sequence[int]) -> Batch:
         ids = np.array(indices, np.int32)
-        return _inputs_and_targets(windows[ids]) | {"ids": ids}
+        return gather(ids) | {"ids": ids}
 
     # Indices, not windows, go through grain: a batch is then gathered in one step, at half the cost
     return (
-        grain.MapDataset.range(len(windows))
+        grain.MapDataset.range(num_examples)
         .seed(seed)
         .shuffle()
         .repeat()[process_index::process_count]
-        .batch(batch_size // process_count, batch_fn=gather)
+        .batch(batch_size // process_count, batch_fn=batch)
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     )
 

@@ -14,23 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from grain import DatasetIterator
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxref.train.baselines import compression_bits_per_byte, unigram_entropy
 from jaxref.train.checkpoints import CheckpointError, Checkpoints
 from jaxref.train.config import FREE_KEYS, ConfigError
-from jaxref.train.data import (
-    Corpus,
-    load_corpus,
-    num_windows,
-    train_batches,
-    validation_batches,
-    validation_text,
-    validation_tokens,
-)
+from jaxref.train.data import Corpus, load_corpus
+from jaxref.train.images import ImageSet, load_images
 from jaxref.train.program import Batch, Program, TrainState, build
 from jaxref.train.records import (
     Records,
@@ -38,9 +29,12 @@ from jaxref.train.records import (
     open_workdir,
     read_metrics,
     save_loss_plot,
+    save_prediction_plot,
     write_text_atomic,
 )
 from jaxref.train.sampling import check_request, sample
+
+Data = Corpus | ImageSet
 
 
 class NonFiniteError(RuntimeError):
@@ -56,12 +50,12 @@ def default_workdir(config: ConfigDict) -> Path:
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
-    """Trains to the last step, from the newest checkpoint if there is one, and samples.
+    """Trains to the last step, from the newest checkpoint if there is one, and shows the outcome.
 
     The working directory then holds config.json, metrics.jsonl, TensorBoard events, checkpoints/,
-    loss.png and sample.txt. SIGTERM or Ctrl-C saves a checkpoint and returns; a run that was killed
-    continues from its newest checkpoint when it is started again, and ends with the parameters, bit
-    for bit, that it would have had.
+    loss.png and sample.txt, or predictions.png where the data are images. SIGTERM or Ctrl-C saves a
+    checkpoint and returns; a run that was killed continues from its newest checkpoint when it is
+    started again, and ends with the parameters, bit for bit, that it would have had.
 
     Raises:
       ConfigError, ValueError: a configuration that cannot be run, or other than the directory's.
@@ -69,11 +63,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
       CheckpointError: a checkpoint cannot be written, or none of those that exist can be read.
       NonFiniteError: `max_nonfinite_steps` steps in a row had a gradient that is not finite.
     """
-    corpus = load(config)
-    program = build_program(config, corpus)
-    validation = Validation(config, corpus, program)
-    batches = training_batches(config, corpus)
-    _prompt(config, corpus)  # what is wrong with it should show now, not after the training
+    data = load(config)
+    program = build_program(config, data)
+    validation = Validation(config, data, program)
+    batches = training_batches(config, data)
+    if isinstance(data, Corpus):
+        _prompt(config, data)  # what is wrong with it should show now, not after the training
     workdir = open_workdir(workdir)
     check_config(workdir, config.to_dict(), free=FREE_KEYS)
     with Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints) as checkpoints:
@@ -82,24 +77,29 @@ def train(config: ConfigDict, workdir: Path) -> None:
             state, start = program.init(jax.random.key(config.seed)), 0
         else:
             state, start = restored
-        _introduce(config, corpus, program, state, workdir)
-        if start >= config.steps and (workdir / "sample.txt").exists():
-            metrics = read_metrics(workdir)
-            final = metrics[-1]["validation_loss"] if metrics else validation.loss(state)
-            print(f"This run is finished ({start} steps): validation {validation.describe(final)}")
+        _introduce(config, data, program, state, workdir)
+        if start >= config.steps and (workdir / _outcome(data)).exists():
+            described = validation.describe(**_last_validation(workdir, validation, state))
+            print(f"This run is finished ({start} steps): validation {described}")
             return
         if start > 0:
             print(f"Continuing after step {start}.")
-        state, step = _run(config, program, validation, checkpoints, workdir, batches, state, start)
+        rate = data.per_step(config)
+        state, step = _run(
+            config, program, validation, checkpoints, workdir, batches, state, start, rate
+        )
     if step < config.steps:
         print(f"Terminated and saved at step {step}. The same command continues.")
         return
     if jax.process_index() == 0:
-        unit = "byte" if corpus.is_bytes else "token"
-        plot = save_loss_plot(workdir, baselines=validation.baselines, unit=unit)
-        text = _sampled_text(config, corpus, program, state)
-        write_text_atomic(workdir / "sample.txt", text + "\n")
-        print(f"Loss curve: {plot}\nSample ({workdir / 'sample.txt'}):\n{text}")
+        plot = save_loss_plot(workdir, baselines=validation.baselines, unit=data.unit)
+        print(f"Loss curve: {plot}")
+        if isinstance(data, Corpus):
+            text = _sampled_text(config, data, program, state)
+            write_text_atomic(workdir / _outcome(data), text + "\n")
+            print(f"Sample ({workdir / _outcome(data)}):\n{text}")
+        else:
+            print(f"Predictions: {_save_predictions(data, program, state, workdir)}")
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> None:
@@ -108,27 +108,30 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     Raises:
       CheckpointError: there is no checkpoint that can be read.
     """
-    corpus = load(config)
-    program = build_program(config, corpus)
-    validation = Validation(config, corpus, program)
-    state, step = restore(config, corpus, program, workdir)
-    print(f"Step {step}: validation {validation.describe(validation.loss(state))}")
+    data = load(config)
+    program = build_program(config, data)
+    validation = Validation(config, data, program)
+    state, step = restore(config, data, program, workdir)
+    print(f"Step {step}: validation {validation.describe(**validation.measure(state))}")
 
 
 def print_sample(config: ConfigDict, workdir: Path) -> None:
     """Prints a sample from the newest checkpoint in a working directory.
 
     Raises:
+      ConfigError: the run is one on images.
       CheckpointError: there is no checkpoint that can be read.
     """
-    corpus = load(config)
-    program = build_program(config, corpus)
-    state, _ = restore(config, corpus, program, workdir)
-    print(_sampled_text(config, corpus, program, state))
+    data = load(config)
+    if not isinstance(data, Corpus):
+        raise ConfigError(f"--mode=sample is for text, and data.name={config.data.name} is images")
+    program = build_program(config, data)
+    state, _ = restore(config, data, program, workdir)
+    print(_sampled_text(config, data, program, state))
 
 
 def restore(
-    config: ConfigDict, corpus: Corpus, program: Program, workdir: Path
+    config: ConfigDict, data: Data, program: Program, workdir: Path
 ) -> tuple[TrainState, int]:
     """The state in the newest intact checkpoint of a working directory, and its step.
 
@@ -136,53 +139,52 @@ def restore(
       CheckpointError: there is no checkpoint that can be read.
     """
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        restored = checkpoints.restore(program.abstract_state, training_batches(config, corpus))
+        restored = checkpoints.restore(program.abstract_state, training_batches(config, data))
     if restored is None:
         raise CheckpointError(f"{workdir} holds no checkpoint yet; train first")
     return restored
 
 
 class Validation:
-    """The held-out text of a run, and the losses that need no model to compare with.
+    """The held-out data of a run, and the losses that need no model to compare with.
 
     Attributes:
-      baselines: nats per byte (or token) by name, on the very text that is evaluated: the entropy
-        of its symbols' frequencies ("unigram") and, for bytes, what zlib and lzma make of it.
+      baselines: nats per byte, token or image by name, on the very data that is evaluated.
     """
 
-    def __init__(self, config: ConfigDict, corpus: Corpus, program: Program):
-        window = {"length": config.length, "max_tokens": config.validation_tokens}
+    def __init__(self, config: ConfigDict, data: Data, program: Program):
         self._program = program
-        self._is_bytes = corpus.is_bytes
+        self._unit = data.unit
         rows = config.batch_size // jax.process_count()
         mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-        self._batches = [
-            {name: array[mine] for name, array in batch.items()}
-            for batch in validation_batches(
-                corpus.validation, batch_size=config.batch_size, **window
-            )
+        batches, self.baselines = data.held_out(config)
+        self._batches = [{name: array[mine] for name, array in b.items()} for b in batches]
+
+    def measure(self, state: TrainState) -> dict[str, float]:
+        """`loss`, the mean cross-entropy in nats, and for images `accuracy`; of the averaged
+        parameters where the run keeps an average."""
+        params = state.params if state.average is None else state.average
+        sums = [
+            self._program.evaluate(params, self._program.put(batch), state.model_state)
+            for batch in self._batches
         ]
-        self.baselines = {
-            "unigram": unigram_entropy(validation_tokens(corpus.validation, **window))
-        }
-        if corpus.is_bytes:
-            compressed = compression_bits_per_byte(validation_text(corpus.validation, **window))
-            self.baselines |= {name: bits * math.log(2) for name, bits in compressed.items()}
+        nats, count = sum(float(s.nats) for s in sums), sum(float(s.count) for s in sums)
+        measured = {"loss": nats / count}
+        if sums[0].correct is not None:
+            measured["accuracy"] = sum(float(s.correct) for s in sums) / count
+        return measured
 
     def loss(self, state: TrainState) -> float:
-        """Mean cross-entropy in nats, of the averaged parameters where the run keeps an average."""
-        params = state.params if state.average is None else state.average
-        sums = [self._program.evaluate(params, self._program.put(batch)) for batch in self._batches]
-        nats, count = (sum(float(x) for x in column) for column in zip(*sums))
-        return nats / count
+        """Mean cross-entropy in nats."""
+        return self.measure(state)["loss"]
 
-    def describe(self, loss: float) -> str:
-        """The loss beside the baselines, in nats and in bits."""
-        unit = "byte" if self._is_bytes else "token"
+    def describe(self, loss: float, accuracy: float | None = None) -> str:
+        """The measurement beside the baselines, in nats and in bits."""
         beside = ", ".join(
             f"{name} {nats:.3f} / {nats / math.log(2):.3f}" for name, nats in self.baselines.items()
         )
-        return f"{loss:.3f} nats / {loss / math.log(2):.3f} bits per {unit} ({beside})"
+        text = f"{loss:.3f} nats / {loss / math.log(2):.3f} bits per {self._unit} ({beside})"
+        return text if accuracy is None else f"{text}, {accuracy:.1%} right"
 
 
 def _run(
@@ -194,6 +196,7 @@ def _run(
     batches: DatasetIterator,
     state: TrainState,
     start: int,
+    rate: tuple[int, str],
 ) -> tuple[TrainState, int]:
     """The steps after `start`, and the number of the last one taken."""
     primary = jax.process_index() == 0
@@ -211,26 +214,25 @@ def _run(
             if step % config.log_every == 0 or last:
                 values = {name: float(value) for name, value in metrics._asdict().items()}
                 now = time.perf_counter()
-                tokens = (step - logged) * config.batch_size * config.length
-                values["tokens_per_second"] = tokens / (now - since)
+                speed = (step - logged) * rate[0] / (now - since)
+                values[rate[1]] = speed
                 values["learning_rate"] = float(program.schedule(step - 1))
                 values["nonfinite_steps"] = int(state.nonfinite)
                 since, logged = now, step
                 bar.set_postfix_str(
                     f"loss {values['loss']:.3f}, lr {values['learning_rate']:.1e}, "
-                    f"{values['tokens_per_second'] / 1000:.1f}k tokens/s",
+                    f"{speed / 1000:.1f}k {rate[1].partition('_')[0]}/s",
                     refresh=False,
                 )
                 _stop_if_nonfinite(config, program, state, batch)
             bar.update()
             if step % config.validate_every == 0 or last:
                 pause = time.perf_counter()
-                values["validation_loss"] = validation.loss(state)
+                measured = validation.measure(state)
+                values |= {f"validation_{name}": value for name, value in measured.items()}
                 since += time.perf_counter() - pause
                 if primary:
-                    bar.write(
-                        f"step {step}: validation {validation.describe(values['validation_loss'])}"
-                    )
+                    bar.write(f"step {step}: validation {validation.describe(**measured)}")
             if values and records is not None:
                 records.write(step, values)
             if step % config.checkpoint_every == 0 or last or stop:
@@ -300,45 +302,66 @@ def _named(flags: Any) -> list[str]:
     ]
 
 
-def load(config: ConfigDict) -> Corpus:
-    """The corpus that a configuration names."""
-    return load_corpus(**config.data.to_dict())
+def load(config: ConfigDict) -> Data:
+    """The text or the images that a configuration names."""
+    name = config.data.name
+    is_images = name == "digits" or name.startswith("images:")
+    return (load_images if is_images else load_corpus)(**config.data.to_dict())
 
 
-def build_program(config: ConfigDict, corpus: Corpus) -> Program:
-    """The program of a run on the corpus."""
-    return build(config, corpus.vocab_size, num_windows(corpus.train, config.length))
+def build_program(config: ConfigDict, data: Data) -> Program:
+    """The program of a run on the data."""
+    return build(config, **data.sizes(config))
 
 
-def training_batches(config: ConfigDict, corpus: Corpus) -> DatasetIterator:
+def training_batches(config: ConfigDict, data: Data) -> DatasetIterator:
     """This process's endless training batches, which a checkpoint can save."""
-    dataset = train_batches(
-        corpus.train,
-        batch_size=config.batch_size,
-        length=config.length,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return iter(dataset)
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return iter(data.batches(config, **process))
 
 
 def _introduce(
-    config: ConfigDict, corpus: Corpus, program: Program, state: TrainState, workdir: Path
+    config: ConfigDict, data: Data, program: Program, state: TrainState, workdir: Path
 ) -> None:
     if jax.process_index() != 0:
         return
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     used = {axis: size for axis, size in program.mesh.shape.items() if size > 1}
+    count, per_second = data.per_step(config)
     print(
         f"Working directory: {workdir}\n"
-        f"Data: {corpus.description}; {len(corpus.train):,} tokens to train on, "
-        f"{len(corpus.validation):,} held out\n"
+        f"Data: {data.summary()}\n"
         f"Model: {config.model.name} with {parameters:,} parameters on {program.mesh.size} "
         f"{jax.devices()[0].platform} device(s) {used or ''}\n"
-        f"Training: {config.steps} steps of {config.batch_size} x {config.length} tokens, "
+        f"Training: {config.steps} steps of {count:,} {per_second.partition('_')[0]}, "
         f"{config.optimizer.name}, {config.loss.name}",
         flush=True,
+    )
+
+
+def _outcome(data: Data) -> str:
+    """The file that a finished run leaves last."""
+    return "sample.txt" if isinstance(data, Corpus) else "predictions.png"
+
+
+def _last_validation(workdir: Path, validation: Validation, state: TrainState) -> dict[str, float]:
+    metrics = read_metrics(workdir)
+    if not metrics:
+        return validation.measure(state)
+    names = {"validation_loss": "loss", "validation_accuracy": "accuracy"}
+    return {short: metrics[-1][name] for name, short in names.items() if name in metrics[-1]}
+
+
+def _save_predictions(data: ImageSet, program: Program, state: TrainState, workdir: Path) -> Path:
+    """Draws held-out images with what the model takes them for, its mistakes first."""
+    params = state.params if state.average is None else state.average
+    model = program.model(params, state.model_state)
+    logits = jax.jit(lambda images: model(images))(data.validation_images[:1024])
+    return save_prediction_plot(
+        workdir,
+        data.validation_images[:1024],
+        data.validation_labels[:1024],
+        np.argmax(np.asarray(logits, np.float32), axis=-1),
     )
 
 
@@ -355,8 +378,13 @@ def _prompt(config: ConfigDict, corpus: Corpus) -> np.ndarray:
                 "sample.prompt must be token ids with spaces between them where the data is "
                 f"{config.data.name}, got {options.prompt!r}"
             ) from error
-    check_request(prompt, corpus.vocab_size, length=options.length, temperature=options.temperature)
+    check_request(prompt, corpus.vocab_size, length=options.length, **_choices(options))
     return prompt
+
+
+def _choices(options: ConfigDict) -> dict[str, Any]:
+    """How a sample's tokens are drawn."""
+    return {name: options[name] for name in ("temperature", "top_k", "top_p", "cache")}
 
 
 def _sampled_text(config: ConfigDict, corpus: Corpus, program: Program, state: TrainState) -> str:
@@ -364,11 +392,11 @@ def _sampled_text(config: ConfigDict, corpus: Corpus, program: Program, state: T
     options = config.sample
     params = state.params if state.average is None else state.average
     tokens = sample(
-        nnx.merge(program.graphdef, params),
+        program.model(params, state.model_state),
         _prompt(config, corpus),
         length=options.length,
-        temperature=options.temperature,
         key=jax.random.key(options.seed),
+        **_choices(options),
     )
     if corpus.is_bytes:
         return tokens.astype(np.uint8).tobytes().decode(errors="replace")

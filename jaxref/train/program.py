@@ -20,9 +20,17 @@ from ml_collections import ConfigDict
 
 from jaxref.core.checks import check_interval
 from jaxref.kernels import linear_softmax_cross_entropy
+from jaxref.nn import AuxiliaryLoss, GradientState
 from jaxref.parallel import logical_sharding, make_mesh, use_rules
 from jaxref.train.config import ConfigError, resolve
-from jaxref.train.methods.frame import Batch, Method, Params, Problem, from_transformation
+from jaxref.train.methods.frame import (
+    Batch,
+    Method,
+    ModelState,
+    Params,
+    Problem,
+    from_transformation,
+)
 
 TokenLoss = Callable[[Any, Batch, Array], Array]
 
@@ -39,6 +47,7 @@ class TrainState(NamedTuple):
       key: random key of the run; a step uses it folded with its number.
       nonfinite: steps skipped because their gradient was not finite.
       nonfinite_in_row: how many of them since the last step that was not.
+      model_state: statistics of the model; empty for most.
     """
 
     step: Array
@@ -48,6 +57,7 @@ class TrainState(NamedTuple):
     key: Array
     nonfinite: Array
     nonfinite_in_row: Array
+    model_state: ModelState
 
 
 class Metrics(NamedTuple):
@@ -63,6 +73,21 @@ class Metrics(NamedTuple):
     gradient_norm: Array
 
 
+class Evaluation(NamedTuple):
+    """What a batch adds to the measurement of a model.
+
+    Attributes:
+      nats: cross-entropy, whatever the training loss, summed.
+      count: of the tokens, or images, that it is the sum over.
+      correct: how many of them the model's most probable class is right for; None for tokens,
+        whose logits are never formed.
+    """
+
+    nats: Array
+    count: Array
+    correct: Array | None
+
+
 class Program(NamedTuple):
     """A run's functions and where its arrays live.
 
@@ -74,7 +99,7 @@ class Program(NamedTuple):
       batch_sharding: sharding of each array of a batch.
       init: `init(key) -> TrainState`.
       step: `step(state, batch) -> (state, Metrics)`; the given state is donated.
-      evaluate: `evaluate(params, batch) -> (sum of nats, number of tokens)`.
+      evaluate: `evaluate(params, batch, model_state=None) -> Evaluation`.
       nonfinite_parameters: `nonfinite_parameters(state, batch)`: which parameters are not finite,
         and which gradients.
     """
@@ -86,7 +111,7 @@ class Program(NamedTuple):
     batch_sharding: NamedSharding
     init: Callable[[Array], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[Params, Batch], tuple[Array, Array]]
+    evaluate: Callable[..., "Evaluation"]
     nonfinite_parameters: Callable[[TrainState, Batch], Any]
 
     @property
@@ -99,6 +124,12 @@ class Program(NamedTuple):
             self.state_shardings,
         )
 
+    def model(self, params: Params, model_state: ModelState | None = None) -> Any:
+        """The model with these parameters, in evaluation."""
+        model = nnx.merge(self.graphdef, params, *(model_state or ()))
+        model.eval()
+        return model
+
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """This process's rows of a batch, as arrays sharded over the mesh."""
         return {
@@ -107,16 +138,26 @@ class Program(NamedTuple):
         }
 
 
-def build(config: ConfigDict, vocab_size: int, num_examples: int | None = None) -> Program:
-    """The program that a configuration describes.
+def build(
+    config: ConfigDict,
+    vocab_size: int | None = None,
+    num_examples: int | None = None,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+) -> Program:
+    """The program that a configuration describes, for text or for images.
 
     Args:
       config: as `jaxref.train.config.load_config` returns it.
-      vocab_size: number of token ids.
-      num_examples: number of windows to train on, for methods that keep something of each.
+      vocab_size: number of token ids, for text.
+      num_examples: number of examples to train on, for methods that keep something of each.
+      image_shape: height, width and channels, for images.
+      num_classes: number of classes, for images.
 
     Raises:
-      ConfigError: a component that does not exist, or arguments that it does not take.
+      ConfigError: a component that does not exist, or arguments that it does not take, or that do
+        not go together.
       ValueError: arguments that a component refuses, or a mesh that does not fit the devices or
         the model's sizes.
     """
@@ -127,34 +168,67 @@ def build(config: ConfigDict, vocab_size: int, num_examples: int | None = None) 
             f"batch_size {config.batch_size} must be a multiple of accumulate x mesh.data x "
             f"mesh.fsdp = {config.accumulate} x {mesh.shape['data']} x {mesh.shape['fsdp']}"
         )
-    follows = {"vocab_size": "data.vocab_size", "max_length": "length", "dtype": "dtype"}
-    model_config = resolve(config, "model", follows)(
-        vocab_size=vocab_size, max_length=config.length, dtype=jnp.dtype(config.dtype)
-    )
+    if image_shape is None:
+        sizes: dict[str, Any] = {"vocab_size": vocab_size, "max_length": config.length}
+        logits_shape: tuple[Any, ...] = (config.length, vocab_size)
+    else:
+        sizes = {"image_shape": image_shape, "num_classes": num_classes}
+        logits_shape = (num_classes,)
+    model_config = _build_model_config(config, sizes)
     schedule = build_schedule(config)
     method = build_method(
-        config,
-        schedule,
-        mesh=mesh,
-        num_examples=num_examples,
-        logits_shape=(config.length, vocab_size),
+        config, schedule, mesh=mesh, num_examples=num_examples, logits_shape=logits_shape
     )
 
     def model(key: Array) -> nnx.Module:
         return model_config.build(rngs=nnx.Rngs(params=key))
 
-    graphdef, variables = nnx.split(nnx.eval_shape(lambda: model(jax.random.key(0))), nnx.Param)
+    graphdef, variables, backward, auxiliary, statistics = split_model(
+        nnx.eval_shape(lambda: model(jax.random.key(0)))
+    )
+    has_state = bool(jax.tree.leaves((backward, statistics)))
+    owed = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.to_pure_dict(auxiliary))
+    losses = build_loss(config)
+
+    def stateful_losses(
+        params: Params, model_state: ModelState, batch: Batch, key: Array
+    ) -> tuple[Array, Any]:
+        model: Any = nnx.merge(graphdef, params, *model_state, owed)
+        model.train()
+        value = losses(model, batch, key)
+        *_, auxiliary, statistics = split_model(model)
+        for term in jax.tree.leaves(auxiliary):
+            value = value + term
+        return value, nnx.to_pure_dict(statistics)
+
+    def check_stateless() -> None:
+        if has_state:
+            raise ConfigError(
+                f"optimizer.name={config.optimizer.name} evaluates the loss in its own way and "
+                f"cannot move the statistics that model.name={config.model.name} keeps; choose a "
+                "norm without statistics, or an optimizer of one gradient"
+            )
+
+    def stateless_losses(params: Params, batch: Batch, key: Array) -> Array:
+        check_stateless()
+        return stateful_losses(params, ModelState({}, {}), batch, key)[0]
+
+    def logits(params: Params, batch: Batch, key: Array) -> Array:
+        check_stateless()
+        return nnx.merge(graphdef, params, owed)(batch["inputs"], key=key)
 
     problem = Problem(
-        token_losses=token_losses(graphdef, build_loss(config)),
-        logits=lambda params, batch, key: nnx.merge(graphdef, params)(batch["inputs"], key=key),
+        token_losses=stateless_losses,
+        logits=logits,
         losses_of_logits=build_loss_of_logits(config),
         accumulate=config.accumulate,
+        stateful_losses=stateful_losses if has_state else None,
     )
 
     def init(key: Array) -> TrainState:
         params_key, key = jax.random.split(key)
-        params = nnx.to_pure_dict(nnx.state(model(params_key), nnx.Param))
+        _, params, backward, _, statistics = split_model(model(params_key))
+        params = nnx.to_pure_dict(params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -163,6 +237,7 @@ def build(config: ConfigDict, vocab_size: int, num_examples: int | None = None) 
             key=key,
             nonfinite=jnp.zeros((), jnp.int32),
             nonfinite_in_row=jnp.zeros((), jnp.int32),
+            model_state=ModelState(nnx.to_pure_dict(statistics), nnx.to_pure_dict(backward)),
         )
 
     state_shardings = _state_shardings(
@@ -172,6 +247,17 @@ def build(config: ConfigDict, vocab_size: int, num_examples: int | None = None) 
     traced = partial(_within, mesh)
     step = make_step(problem, method, average_decay=config.average_decay)
     replicated = NamedSharding(mesh, PartitionSpec())
+    measure = jax.jit(
+        traced(partial(evaluate, graphdef)),
+        in_shardings=(state_shardings.params, batch_sharding, state_shardings.model_state),
+        out_shardings=replicated,
+    )
+
+    def evaluated(
+        params: Params, batch: Batch, model_state: ModelState | None = None
+    ) -> Evaluation:
+        return measure(params, batch, model_state or ModelState({}, {}))
+
     return Program(
         graphdef=graphdef,
         mesh=mesh,
@@ -185,17 +271,36 @@ def build(config: ConfigDict, vocab_size: int, num_examples: int | None = None) 
             out_shardings=(state_shardings, replicated),
             donate_argnums=0,
         ),
-        evaluate=jax.jit(
-            traced(partial(evaluate, graphdef)),
-            in_shardings=(state_shardings.params, batch_sharding),
-            out_shardings=replicated,
-        ),
+        evaluate=evaluated,
         nonfinite_parameters=jax.jit(
             traced(partial(nonfinite_parameters, problem)),
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=replicated,
         ),
     )
+
+
+def split_model(model: nnx.Module) -> tuple[Any, ...]:
+    """A model's graph definition, parameters, what the backward pass moves, what it owes the loss,
+    and statistics."""
+    return nnx.split(model, nnx.Param, GradientState, AuxiliaryLoss, ...)
+
+
+def _build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
+    """The configuration of the model, given the sizes that follow from the data."""
+    follows = dict.fromkeys(sizes, "the data")
+    if "max_length" in sizes:
+        follows |= {"vocab_size": "data.vocab_size", "max_length": "length"}
+    made = resolve(config, "model", follows | {"dtype": "dtype"})
+    asked = inspect.signature(made).parameters
+    missing = [name for name in sizes if name not in asked]
+    if missing:
+        kind = "text" if "vocab_size" in sizes else "images"
+        raise ConfigError(
+            f"model.name={config.model.name} is not a model of {kind}, which "
+            f"data.name={config.data.name} is: it takes no {' and no '.join(missing)}"
+        )
+    return made(**sizes, dtype=jnp.dtype(config.dtype))
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
@@ -267,17 +372,6 @@ def build_loss_of_logits(config: ConfigDict) -> Callable[[Array, Batch], Array]:
     return loss
 
 
-def token_losses(
-    graphdef: nnx.GraphDef, loss: TokenLoss
-) -> Callable[[Params, Batch, Array], Array]:
-    """The loss of each token, as a function of the model's parameters."""
-
-    def losses(params: Params, batch: Batch, key: Array) -> Array:
-        return loss(nnx.merge(graphdef, params), batch, key)
-
-    return losses
-
-
 def make_step(
     problem: Problem, method: Method, *, average_decay: float = 0.0
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -289,18 +383,23 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        params, opt_state, value, norm = method.update(
-            problem, state.params, state.opt_state, batch, key, state.step
+        params, opt_state, value, norm, model_state = method.update(
+            problem._replace(model_state=state.model_state),
+            state.params,
+            state.opt_state,
+            batch,
+            key,
+            state.step,
         )
         average = state.average
         if average is not None:
             average = optax.incremental_update(params, average, 1 - average_decay)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         keep = partial(jnp.where, finite)
-        params, opt_state, average = jax.tree.map(
+        params, opt_state, average, model_state = jax.tree.map(
             keep,
-            (params, opt_state, average),
-            (state.params, state.opt_state, state.average),
+            (params, opt_state, average, model_state or state.model_state),
+            (state.params, state.opt_state, state.average, state.model_state),
         )
         state = TrainState(
             step=state.step + 1,
@@ -310,32 +409,43 @@ def make_step(
             key=state.key,
             nonfinite=state.nonfinite + ~finite,
             nonfinite_in_row=jnp.where(finite, 0, state.nonfinite_in_row + 1),
+            model_state=model_state,
         )
         return state, Metrics(loss=value, gradient_norm=norm)
 
     return step
 
 
-def evaluate(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> tuple[Array, Array]:
-    """Cross-entropy, whatever the training loss: its sum in nats, and the number of tokens.
-
-    `batch["where"]` says which tokens count.
-    """
-    model: Any = nnx.merge(graphdef, params)
-    nats = linear_softmax_cross_entropy(
-        model.hidden(batch["inputs"]).astype(jnp.float32),  # losses have the type of these
-        model.output_kernel(),
-        batch["targets"],
-        where=batch["where"],
+def evaluate(
+    graphdef: nnx.GraphDef, params: Params, batch: Batch, model_state: ModelState
+) -> Evaluation:
+    """Cross-entropy of a batch; `batch["where"]` says which tokens or images count."""
+    model: Any = nnx.merge(graphdef, params, *model_state)
+    model.eval()
+    if hasattr(model, "hidden"):
+        nats = linear_softmax_cross_entropy(
+            model.hidden(batch["inputs"]).astype(jnp.float32),  # losses have the type of these
+            model.output_kernel(),
+            batch["targets"],
+            where=batch["where"],
+        )
+        return Evaluation(jnp.sum(nats, dtype=jnp.float32), jnp.sum(batch["where"]), None)
+    logits = model(batch["inputs"]).astype(jnp.float32)
+    nats = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    right = jnp.argmax(logits, axis=-1) == batch["targets"]
+    return Evaluation(
+        jnp.sum(nats, where=batch["where"]),
+        jnp.sum(batch["where"]),
+        jnp.sum(right, where=batch["where"]),
     )
-    return jnp.sum(nats, dtype=jnp.float32), jnp.sum(batch["where"])
 
 
 def nonfinite_parameters(problem: Problem, state: TrainState, batch: Batch) -> Any:
     """For each parameter, whether it has a non-finite entry; and whether its gradient on this batch
     has one."""
     key = jax.random.fold_in(state.key, state.step)
-    gradient = jax.grad(problem.loss)(state.params, batch, key)
+    problem = problem._replace(model_state=state.model_state)
+    _, gradient, _ = problem.value_and_grad(state.params, batch, key)
     return jax.tree.map(lambda x: ~jnp.isfinite(x).all(), (state.params, gradient))
 
 

@@ -225,7 +225,7 @@ def plot_loss(
       metrics: records as `read_metrics` returns them, `loss` and `validation_loss` in nats;
         records without one of them, or where it is not finite, are left out of its curve.
       baselines: losses by name ("unigram", "zlib", "lzma"); a horizontal line each.
-      unit: what the losses are per, for the axis label: "byte" (default) or "token".
+      unit: what the losses are per, for the axis label: "byte" (default), "token" or "image".
       ax: matplotlib axes. Default: those of a new figure, `.figure` of the result.
 
     Returns:
@@ -269,7 +269,7 @@ def save_loss_plot(
     Args:
       workdir: the working directory.
       baselines: losses by name, as in `plot_loss`.
-      unit: "byte" (default) or "token", as in `plot_loss`.
+      unit: as in `plot_loss`.
 
     Returns:
       The path of the picture.
@@ -279,6 +279,65 @@ def save_loss_plot(
     plot_loss(read_metrics(workdir), baselines=baselines, unit=unit, ax=figure.subplots())
     figure.savefig(picture, format="png")
     path = Path(workdir) / "loss.png"
+    _write_atomic(path, picture.getvalue())
+    return path
+
+
+def plot_predictions(
+    images: np.ndarray,
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    *,
+    most: int = 40,
+    figure: "Figure | None" = None,
+) -> "Figure":
+    """Draws images with what a model takes them for, its mistakes first and in red.
+
+    Args:
+      images: `[n, height, width, channels]`, of one channel or three, in any range.
+      labels: integer `[n]`, the classes.
+      predicted: integer `[n]`, what the model takes them for.
+      most: how many to draw at most. Default 40.
+      figure: matplotlib figure. Default: a new one.
+
+    Returns:
+      The figure.
+    """
+    figure = _new_figure() if figure is None else figure
+    order = np.argsort(labels == predicted, kind="stable")[:most]
+    columns = 10
+    rows = -(-len(order) // columns)
+    figure.set_size_inches(7.5, 0.55 + 0.95 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    low, high = images.min(), images.max()
+    for panel in panels.flat:
+        panel.axis("off")
+    for panel, i in zip(panels.flat, order):
+        pixels = (images[i] - low) / max(high - low, 1e-12)
+        one_channel = pixels.shape[-1] != 3
+        panel.imshow(pixels[..., 0] if one_channel else pixels, cmap="gray_r", vmin=0, vmax=1)
+        right = labels[i] == predicted[i]
+        panel.set_title(
+            f"{predicted[i]}" if right else f"{predicted[i]}, not {labels[i]}",
+            fontsize="small",
+            color="0.25" if right else "tab:red",
+        )
+    wrong = int(np.sum(labels != predicted))
+    figure.suptitle(f"{wrong} of {len(labels)} held-out images taken for another class")
+    return figure
+
+
+def save_prediction_plot(
+    workdir: str | os.PathLike, images: np.ndarray, labels: np.ndarray, predicted: np.ndarray
+) -> Path:
+    """Draws `plot_predictions` to the working directory's `predictions.png`.
+
+    Returns:
+      The path of the picture.
+    """
+    picture = io.BytesIO()
+    plot_predictions(images, labels, predicted).savefig(picture, format="png")
+    path = Path(workdir) / "predictions.png"
     _write_atomic(path, picture.getvalue())
     return path
 

@@ -257,7 +257,7 @@ class TestEvaluate:
         program = build(tiny_config("loss.name=squentropy"), 256)
         params = program.init(jax.random.key(0)).params
         batch = random_batch(0) | {"where": np.arange(8 * 16).reshape(8, 16) % 3 == 0}
-        nats, count = program.evaluate(params, program.put(batch))
+        nats, count, _ = program.evaluate(params, program.put(batch))
         logits = nnx.merge(program.graphdef, params)(batch["inputs"])
         expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         assert count == batch["where"].sum()

@@ -1,5 +1,24 @@
 """Training dynamics: what goes on while a model learns, and when it fails."""
 
+from jaxref.analysis.dynamics.attention_entropy import plot_attention_entropy
+from jaxref.analysis.dynamics.depth import (
+    DepthStatistics,
+    hidden_state_statistics,
+    layer_gradient_norms,
+    layer_removal_drop,
+    plot_depth_statistics,
+    pre_ln_variance_growth,
+)
+from jaxref.analysis.dynamics.diffusion import (
+    UltraSlowDiffusion,
+    fit_ultra_slow_diffusion,
+    weight_distance,
+)
+from jaxref.analysis.dynamics.signal_propagation import (
+    SignalPropagation,
+    plot_signal_propagation,
+    signal_propagation,
+)
 from jaxref.analysis.dynamics.training_stability import (
     StabilityForecast,
     extrapolate_instability,
@@ -14,4 +33,17 @@ __all__ = [
     "log_z",
     "StabilityForecast",
     "extrapolate_instability",
+    "pre_ln_variance_growth",
+    "hidden_state_statistics",
+    "DepthStatistics",
+    "plot_depth_statistics",
+    "layer_gradient_norms",
+    "layer_removal_drop",
+    "signal_propagation",
+    "SignalPropagation",
+    "plot_signal_propagation",
+    "plot_attention_entropy",
+    "weight_distance",
+    "UltraSlowDiffusion",
+    "fit_ultra_slow_diffusion",
 ]

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
             "max_nonfinite_steps": 10,  # in a row; then the run stops
             "dtype": "float32",  # to compute in: float32 or bfloat16
             "data": {
-                "name": "python_stdlib",  # or text:GLOB, tokens:FILE
+                "name": "python_stdlib",  # or text:GLOB, tokens:FILE, digits, images:DIR
                 "validation_fraction": 0.02,
                 "vocab_size": 256,
                 "token_dtype": "uint16",  # of tokens:FILE
@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
                 "mlp_features": 512,
                 "norm": {"name": "rms_norm"},
                 "norm_placement": "pre",
+                "linear": {"name": "Linear"},
+                "mlp": {"name": "MLP"},
                 "attention": {"name": "dot_product_attention"},
                 "query_key_norm": {"name": "rms_norm"},
                 "positions": "rotary",
@@ -53,6 +55,14 @@ def get_config() -> ConfigDict:
             "validation_tokens": 2**18,  # at most; more than are held out here
             "checkpoint_every": 150,
             "keep_checkpoints": 3,
-            "sample": {"prompt": "def ", "length": 400, "temperature": 0.7, "seed": 0},
+            "sample": {
+                "prompt": "def ",
+                "length": 400,
+                "temperature": 0.7,
+                "top_k": 0,  # tokens to choose from; 0 for all
+                "top_p": 1.0,  # probability to choose from
+                "cache": "full",  # or staircase
+                "seed": 0,
+            },
         }
     )

@@ -23,6 +23,18 @@ BatchFunction = Callable[[Params, Batch, Array], Any]
 Transformation = Callable[..., optax.GradientTransformation]
 
 
+class ModelState(NamedTuple):
+    """What a model keeps besides its parameters, as nested dictionaries; empty for most.
+
+    Attributes:
+      statistics: what its forward pass moves.
+      backward: what its backward pass moves: the gradient with respect to it is its next value.
+    """
+
+    statistics: dict[Any, Any]
+    backward: dict[Any, Any]
+
+
 class Problem(NamedTuple):
     """What a method may ask of a model and a loss. The functions take (params, batch, key).
 
@@ -31,29 +43,77 @@ class Problem(NamedTuple):
       logits: `[rows, length, vocabulary]`.
       losses_of_logits: the loss of each token, as a function of (logits, batch).
       accumulate: micro-batches to cut a batch into.
+      stateful_losses: for a model with statistics, `(params, model_state, batch, key) ->
+        (losses of the tokens, the next statistics)`; None for others.
+      model_state: the statistics that the batch meets.
     """
 
     token_losses: BatchFunction
     logits: BatchFunction
     losses_of_logits: Callable[[Array, Batch], Array]
     accumulate: int = 1
+    stateful_losses: Callable[[Params, ModelState, Batch, Array], tuple[Array, Any]] | None = None
+    model_state: ModelState | None = None
 
     def loss(self, params: Params, batch: Batch, key: Array) -> Array:
         """The mean loss over the batch's tokens."""
         return jnp.mean(self.token_losses(params, batch, key), dtype=jnp.float32)
 
-    def averaged(self, function: BatchFunction) -> BatchFunction:
-        """The function's mean over the micro-batches of rows i, i + accumulate, ...
+    def value_and_grad(
+        self, params: Params, batch: Batch, key: Array
+    ) -> tuple[Array, Params, ModelState | None]:
+        """The mean loss, its gradient, and the model's next state.
 
-        Each device's rows are among all of them, so that none has to change device.
+        Micro-batches move the statistics one after the other.
         """
+        if self.stateful_losses is None:
+            averaged = self.averaged(jax.value_and_grad(self.loss))
+            return *averaged(params, batch, key), self.model_state
+
+        def loss(params: Params, backward: Any, statistics: Any, *rest: Any) -> Any:
+            state = ModelState(statistics, backward)
+            losses, statistics = self.stateful_losses(params, state, *rest)
+            return jnp.mean(losses, dtype=jnp.float32), statistics
+
+        def advance(state: ModelState, batch_and_key: Any) -> tuple[ModelState, Any]:
+            function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+            (value, statistics), (gradient, backward) = function(
+                params, state.backward, state.statistics, *batch_and_key
+            )
+            return ModelState(statistics, backward), (value, gradient)
+
+        if self.accumulate == 1:
+            state, (value, gradient) = advance(self.model_state, (batch, key))
+        else:
+            parts = self._micro_batches(batch), jax.random.split(key, self.accumulate)
+
+            def add(
+                carry: tuple[ModelState, Any], part: Any
+            ) -> tuple[tuple[ModelState, Any], None]:
+                state, value_and_gradient = advance(carry[0], part)
+                return (state, jax.tree.map(jnp.add, carry[1], value_and_gradient)), None
+
+            first = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(advance, self.model_state, first)[1]
+            zeros = jax.tree.map(jnp.zeros_like, shapes)
+            (state, total), _ = jax.lax.scan(add, (self.model_state, zeros), parts)
+            value, gradient = jax.tree.map(lambda x: x / self.accumulate, total)
+        return value, gradient, state
+
+    def _micro_batches(self, batch: Batch) -> Batch:
+        """Rows i, i + accumulate, ...: each device's rows are among all of them, so that none has
+        to change device."""
+        return jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0), batch
+        )
+
+    def averaged(self, function: BatchFunction) -> BatchFunction:
+        """The function's mean over the micro-batches."""
         if self.accumulate == 1:
             return function
 
         def average(params: Params, batch: Batch, key: Array) -> Any:
-            batches = jax.tree.map(
-                lambda x: jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0), batch
-            )
+            batches = self._micro_batches(batch)
             keys = jax.random.split(key, self.accumulate)
 
             def add(total: Any, batch_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
@@ -75,12 +135,14 @@ class Outcome(NamedTuple):
       state: the new state.
       loss: the training loss at the old parameters.
       gradient_norm: the norm of what stands for the gradient, before clipping.
+      model_state: the model's next state; None where the method moves none.
     """
 
     params: Params
     state: Any
     loss: Array
     gradient_norm: Array
+    model_state: ModelState | None = None
 
 
 class Method(NamedTuple):
@@ -113,8 +175,9 @@ def from_transformation(optimizer: optax.GradientTransformation, clip_norm: floa
         problem: Problem, params: Params, state: Any, batch: Batch, key: Array, step: Array
     ) -> Outcome:
         del step
-        value_and_grad = problem.averaged(jax.value_and_grad(problem.loss))
-        return descended(optimizer, params, state, *value_and_grad(params, batch, key))
+        value, gradient, model_state = problem.value_and_grad(params, batch, key)
+        outcome = descended(optimizer, params, state, value, gradient)
+        return outcome._replace(model_state=model_state)
 
     return Method(optimizer.init, update)
 

@@ -1,0 +1,6 @@
+"""Adaptation: models that go on learning where they are used."""
+
+from jaxref.adaptation.federated import federated_round, fedwon_client_update
+from jaxref.adaptation.test_time import class_correlation_loss, core_adapt_step
+
+__all__ = ["class_correlation_loss", "core_adapt_step", "federated_round", "fedwon_client_update"]

@@ -1,0 +1,637 @@
+"""Compact transformers for small image collections: SeqPool, and a convolutional tokenizer."""
+
+import dataclasses
+import itertools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn.initializers import truncated_normal, zeros
+from jax.typing import DTypeLike
+
+from jaxref.attention import sequence_pooling, sinusoidal_position_embedding
+from jaxref.core.checks import check_interval
+from jaxref.models.vision import (
+    check_image_config,
+    check_images,
+    dropout,
+    logits_dtype,
+    split_keys,
+)
+from jaxref.models.vit import (
+    EncoderBlock,
+    PatchEmbedding,
+    depth_rates,
+    prepend,
+    token_parameter,
+)
+from jaxref.nn import Conv, Linear, Norm
+from jaxref.norms import layer_norm
+
+HE_NORMAL = jax.nn.initializers.he_normal()
+_norm = partial(layer_norm, epsilon=1e-5)
+_gelu = partial(jax.nn.gelu, approximate=False)
+
+
+class ConvTokenizer(nnx.Module):
+    """Layers of convolution, ReLU and max pooling, whose pixels are the tokens.
+
+    Args:
+      in_features: channels of the image.
+      features: size of a token.
+      kernel_size: side of the kernels. Default 3.
+      num_layers: layers, at least 1. Default 1.
+      hidden: channels between layers. Default 64.
+      strides: of the convolutions. Default max(1, kernel_size // 2 - 1).
+      padding: zeros around the image, for each convolution. Default max(1, kernel_size // 2).
+      dtype, param_dtype: types to compute in and of the parameters.
+      rngs: source of the `params` key.
+
+    Raises:
+      ValueError: a size below 1, or images of another number of channels.
+
+    Pooling is over 3 x 3 pixels with stride 2 and one pixel of padding, and there are no biases.
+    Tokens that overlap, and that a convolution has looked at, spare a transformer what it would
+    need many images to learn; `PatchEmbedding` makes tokens of squares that do not.
+
+    Example:
+      >>> tokenizer = ConvTokenizer(3, 8, rngs=nnx.Rngs(0))
+      >>> tokenizer(jnp.ones((2, 32, 32, 3))).shape
+      (2, 256, 8)
+
+    Reference: Hassani, Walton, Shah, Abuduweili, Li, Shi, "Escaping the Big Data Paradigm with
+    Compact Transformers", 2021, arXiv:2104.05704.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        kernel_size: int = 3,
+        num_layers: int = 1,
+        hidden: int = 64,
+        strides: int | None = None,
+        padding: int | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check_interval(1, jnp.inf, kernel_size=kernel_size, num_layers=num_layers, hidden=hidden)
+        strides = max(1, kernel_size // 2 - 1) if strides is None else strides
+        padding = max(1, kernel_size // 2) if padding is None else padding
+        widths = [in_features, *[hidden] * (num_layers - 1), features]
+        self.convs = nnx.List(
+            Conv(
+                inputs,
+                outputs,
+                (kernel_size, kernel_size),
+                strides=strides,
+                padding=((padding, padding),) * 2,
+                axes=(None, "embed" if layer == num_layers - 1 else None),
+                kernel_init=HE_NORMAL,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+            for layer, (inputs, outputs) in enumerate(itertools.pairwise(widths))
+        )
+        self._step = (kernel_size, strides, padding)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """How many tokens an image of this size gives."""
+        kernel, stride, padding = self._step
+        for _ in self.convs:
+            height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+            height, width = ((n - 1) // 2 + 1 for n in (height, width))
+        return height * width
+
+    def __call__(self, images: Array) -> Array:
+        """Maps `[batch, height, width, in_features]` to `[batch, tokens, features]`."""
+        x = images
+        for conv in self.convs:
+            x = nnx.max_pool(jax.nn.relu(conv(x)), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class TextTokenizer(nnx.Module):
+    """Convolution, ReLU and max pooling along a sequence of word vectors.
+
+    Args:
+      in_features: size of a word vector.
+      features: size of a token.
+      kernel_size: words that the kernel sees. Default 4.
+      strides: of the convolution. Default 1.
+      padding: zeros before and after the sequence. Default max(1, kernel_size // 2).
+      dtype, param_dtype: types to compute in and of the parameters.
+      rngs: source of the `params` key.
+
+    Raises:
+      ValueError: a size below 1, or word vectors of another size.
+
+    Pooling is over 3 positions with stride 2 and one of padding, and there is no bias. A token
+    exists where the words do that it was made of, any of them: others come out 0.
+
+    Example:
+      >>> tokenizer = TextTokenizer(5, 8, rngs=nnx.Rngs(0))
+      >>> tokens, where = tokenizer(jnp.ones((1, 12, 5)), where=jnp.arange(12)[None] < 3)
+      >>> tokens.shape, where.astype(int)
+      ((1, 7, 8), Array([[1, 1, 1, 0, 0, 0, 0]], dtype=int32))
+
+    Reference: Hassani, Walton, Shah, Abuduweili, Li, Shi, "Escaping the Big Data Paradigm with
+    Compact Transformers", 2021, arXiv:2104.05704.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        kernel_size: int = 4,
+        strides: int = 1,
+        padding: int | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        padding = max(1, kernel_size // 2) if padding is None else padding
+        self.conv = Conv(
+            in_features,
+            features,
+            (kernel_size,),
+            strides=strides,
+            padding=((padding, padding),),
+            axes=(None, "embed"),
+            kernel_init=HE_NORMAL,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Array, *, where: Array | None = None) -> tuple[Array, Array | None]:
+        """Maps `[batch, length, in_features]` to `[batch, tokens, features]`.
+
+        `where` is boolean `[batch, length]`: the words that exist. Returns the tokens, and which of
+        them exist.
+        """
+        y = nnx.max_pool(jax.nn.relu(self.conv(x)), (3,), (2,), ((1, 1),))
+        if where is None:
+            return y, None
+        seen = jax.lax.reduce_window(
+            where,
+            False,
+            jax.lax.bitwise_or,
+            (1, *self.conv.kernel_size),
+            (1, *self.conv.strides),
+            ((0, 0), *self.conv.padding),
+        )
+        exists = jax.lax.reduce_window(
+            seen, False, jax.lax.bitwise_or, (1, 3), (1, 2), ((0, 0), (1, 1))
+        )
+        return jnp.where(exists[..., None], y, 0), exists
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompactEncoderConfig:
+    """What the compact transformers have in common.
+
+    Attributes:
+      num_classes: number of classes.
+      num_layers, features, num_heads: depth, width, heads. Defaults 7, 256, 4.
+      mlp_ratio: hidden units of the MLP, in multiples of `features`. Default 2.
+      positions: what is added to the tokens: "learned" (default), "sinusoidal" or None.
+      dropout: rate in [0, 1), where a key is given: on the tokens, on what attention and MLP give,
+        and on the MLP's hidden units. Default 0.
+      attention_dropout: rate in [0, 1) on the attention's weights. Default 0.1.
+      stochastic_depth: rate in [0, 1) in the last layer, growing linearly from 0. Default 0.1.
+      dtype, param_dtype: types to compute in (None: the parameters') and of the parameters.
+
+    Raises:
+      ValueError: a size below 1, a rate out of range, or unknown `positions`.
+    """
+
+    num_classes: int
+    num_layers: int = 7
+    features: int = 256
+    num_heads: int = 4
+    mlp_ratio: float = 2.0
+    positions: str | None = "learned"
+    dropout: float = 0.0
+    attention_dropout: float = 0.1
+    stochastic_depth: float = 0.1
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        for name in ("num_classes", "num_layers", "features", "num_heads"):
+            check_interval(1, jnp.inf, **{name: getattr(self, name)})
+        check_interval(0, jnp.inf, closed="neither", mlp_ratio=self.mlp_ratio)
+        for name in ("dropout", "attention_dropout", "stochastic_depth"):
+            check_interval(0, 1, closed="left", **{name: getattr(self, name)})
+        if self.positions not in ("learned", "sinusoidal", None):
+            raise ValueError(
+                f"positions must be 'learned', 'sinusoidal' or None, got {self.positions!r}"
+            )
+
+
+class CompactEncoder(nnx.Module):
+    """The encoder of compact transformers, from tokens to logits.
+
+    A block's second norm replaces the stream that it reads from:
+
+        x ← x + drop(attention(norm(x))),   x ← norm(x),   x ← x + drop(mlp(x))
+
+    Args:
+      config: its parts and sizes.
+      num_tokens: the length of the sequences.
+      class_token: read a token that is put in front, instead of `sequence_pooling`.
+      rngs: source of the `params` key.
+
+    Raises:
+      ValueError: heads that do not divide the features, or sequences of another length where
+        positions are added.
+
+    Example:
+      >>> config = CompactEncoderConfig(num_classes=2, num_layers=1, features=8, num_heads=2)
+      >>> encoder = CompactEncoder(config, 5, rngs=nnx.Rngs(0))
+      >>> encoder(jnp.ones((3, 5, 8))).shape
+      (3, 2)
+
+    Reference: Hassani, Walton, Shah, Abuduweili, Li, Shi, "Escaping the Big Data Paradigm with
+    Compact Transformers", 2021, arXiv:2104.05704.
+    """
+
+    def __init__(
+        self,
+        config: CompactEncoderConfig,
+        num_tokens: int,
+        *,
+        class_token: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        features, param_dtype = config.features, config.param_dtype
+        small = truncated_normal(0.02)
+        self.config = config
+        self.num_tokens = num_tokens + class_token
+        self.class_token = (
+            token_parameter(1, features, param_dtype, zeros, rngs) if class_token else None
+        )
+        self.positions = (
+            token_parameter(self.num_tokens, features, param_dtype, truncated_normal(0.2), rngs)
+            if config.positions == "learned"
+            else None
+        )
+        self.blocks = nnx.List(
+            EncoderBlock(
+                features,
+                config.num_heads,
+                int(features * config.mlp_ratio),
+                norm=_norm,
+                activation=_gelu,
+                query_bias=False,
+                norm_replaces_stream=True,
+                dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
+                stochastic_depth=rate,
+                kernel_init=small,
+                dtype=config.dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+            for rate in depth_rates(config.stochastic_depth, config.num_layers)
+        )
+        self.final_norm = Norm(_norm, features, axes=("embed",), param_dtype=param_dtype)
+
+        pooled = not class_token
+        self.pool_kernel = (
+            nnx.Param(small(rngs.params(), (features,), param_dtype), axes=("embed",))
+            if pooled
+            else None
+        )
+        self.pool_bias = nnx.Param(jnp.zeros((), param_dtype), axes=()) if pooled else None
+        self.head = Linear(
+            features,
+            config.num_classes,
+            axes=("embed", None),
+            use_bias=True,
+            kernel_init=small,
+            dtype=logits_dtype(config),
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, tokens: Array, *, key: Array | None = None, where: Array | None = None
+    ) -> Array:
+        """Logits `[batch, num_classes]`, in at least float32.
+
+        Args:
+          tokens: `[batch, num_tokens, features]`.
+          key: random key for what drops; None (evaluation) drops nothing.
+          where: boolean `[batch, num_tokens]`: the tokens that exist.
+        """
+        first, *keys = split_keys(key, len(self.blocks) + 1)
+        x = tokens
+        if self.class_token is not None:
+            x = prepend(self.class_token[...], x)
+            if where is not None:
+                where = jnp.concatenate([jnp.ones_like(where[:, :1]), where], axis=1)
+        positions = self._positions()
+        if positions is not None:
+            if x.shape[1] != self.num_tokens:
+                raise ValueError(
+                    f"tokens must be {self.num_tokens} with the class token where there is one, "
+                    f"got {x.shape[1]}"
+                )
+            x = x + positions.astype(x.dtype)
+        x = dropout(x, self.config.dropout, first)
+        for block, block_key in zip(self.blocks, keys):
+            x = block(x, key=block_key, where=where)
+        x = self.final_norm(x).astype(self.head.dtype)
+        if self.pool_kernel is None or self.pool_bias is None:
+            return self.head(x[:, 0])
+        kernel, bias = self.pool_kernel[...], self.pool_bias[...]
+        return self.head(sequence_pooling(x, kernel, bias, where=where))
+
+    def _positions(self) -> Array | None:
+        if self.config.positions == "sinusoidal":
+            return sinusoidal_position_embedding(self.num_tokens, self.config.features)
+        return None if self.positions is None else self.positions[...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompactConvolutionalTransformerConfig(CompactEncoderConfig):
+    """What a `CompactConvolutionalTransformer` is made of; `build` makes it.
+
+    Attributes:
+      image_shape: `(height, width, channels)`. Default (32, 32, 3).
+      kernel_size, conv_layers: of the `ConvTokenizer`. Defaults 3 and 1.
+      conv_strides, conv_padding: of its convolutions. Defaults by `kernel_size`.
+      Others: as in `CompactEncoderConfig`. The defaults are CCT-7/3x1.
+
+    Raises:
+      ValueError: what `CompactEncoderConfig` raises, or a size below 1.
+    """
+
+    image_shape: tuple[int, int, int] = (32, 32, 3)
+    kernel_size: int = 3
+    conv_layers: int = 1
+    conv_strides: int | None = None
+    conv_padding: int | None = None
+
+    def build(self, *, rngs: nnx.Rngs) -> "CompactConvolutionalTransformer":
+        """The model of this configuration."""
+        return CompactConvolutionalTransformer(self, rngs=rngs)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_image_config(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _PatchConfig(CompactEncoderConfig):
+    """A `CompactEncoderConfig` for images that are cut into patches."""
+
+    image_shape: tuple[int, int, int] = (32, 32, 3)
+    patch_size: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_image_config(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompactVisionTransformerConfig(_PatchConfig):
+    """What a `CompactVisionTransformer` is made of; `build` makes it.
+
+    Attributes:
+      image_shape: `(height, width, channels)`. Default (32, 32, 3).
+      patch_size: side of a patch, a divisor of height and width. Default 4.
+      Others: as in `CompactEncoderConfig`.
+
+    Raises:
+      ValueError: what `CompactEncoderConfig` raises, or a size below 1.
+    """
+
+    def build(self, *, rngs: nnx.Rngs) -> "CompactVisionTransformer":
+        """The model of this configuration."""
+        return CompactVisionTransformer(self, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTLiteConfig(_PatchConfig):
+    """What a `ViTLite` is made of; `build` makes it. As `CompactVisionTransformerConfig`."""
+
+    def build(self, *, rngs: nnx.Rngs) -> "ViTLite":
+        """The model of this configuration."""
+        return ViTLite(self, rngs=rngs)
+
+
+class _CompactClassifier(nnx.Module):
+    """A tokenizer of images and a `CompactEncoder`."""
+
+    config: Any
+    tokenizer: Any
+    encoder: CompactEncoder
+
+    def __call__(self, images: Array, *, key: Array | None = None) -> Array:
+        """Logits `[batch, num_classes]`, in at least float32.
+
+        Args:
+          images: floating point `[batch, *image_shape]`.
+          key: random key for dropout and stochastic depth; None (evaluation) drops nothing.
+
+        Raises:
+          ValueError: images of another shape.
+          TypeError: images that are not floating point.
+        """
+        check_images(images, self.config.image_shape)
+        return self.encoder(self.tokenizer(images), key=key)
+
+
+class CompactConvolutionalTransformer(_CompactClassifier):
+    """An image classifier (CCT): a `ConvTokenizer`, an encoder, and SeqPool.
+
+    Args:
+      config: its parts and sizes; `cct_7(3, 1, num_classes=10)` and the like are the paper's.
+      rngs: source of the `params` key.
+
+    Raises:
+      ValueError: heads that do not divide the features, or an image too small for the convolutions.
+
+    Use it to train a transformer from scratch on tens of thousands of small images.
+
+    Example:
+      >>> config = CompactConvolutionalTransformerConfig(
+      ...     num_classes=10, image_shape=(8, 8, 3), num_layers=1, features=8, num_heads=2
+      ... )
+      >>> model = CompactConvolutionalTransformer(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 8, 8, 3))).shape
+      (2, 10)
+
+    Reference: Hassani, Walton, Shah, Abuduweili, Li, Shi, "Escaping the Big Data Paradigm with
+    Compact Transformers", 2021, arXiv:2104.05704.
+    """
+
+    Config = CompactConvolutionalTransformerConfig
+
+    def __init__(self, config: CompactConvolutionalTransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        height, width, channels = config.image_shape
+        self.tokenizer = ConvTokenizer(
+            channels,
+            config.features,
+            kernel_size=config.kernel_size,
+            num_layers=config.conv_layers,
+            strides=config.conv_strides,
+            padding=config.conv_padding,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        tokens = self.tokenizer.num_tokens(height, width)
+        if tokens < 1:
+            raise ValueError(
+                f"image_shape {config.image_shape} is too small for kernel_size "
+                f"{config.kernel_size}: no token is left"
+            )
+        self.encoder = CompactEncoder(config, tokens, rngs=rngs)
+
+
+def _patches(config: _PatchConfig, rngs: nnx.Rngs) -> PatchEmbedding:
+    return PatchEmbedding(
+        config.image_shape,
+        config.patch_size,
+        config.features,
+        kernel_init=HE_NORMAL,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
+
+
+class CompactVisionTransformer(_CompactClassifier):
+    """An image classifier (CVT): small patches, an encoder, and SeqPool.
+
+    Args:
+      config: its parts and sizes.
+      rngs: source of the `params` key.
+
+    Raises:
+      ValueError: a patch size that does not divide the image, or heads that do not divide the
+        features.
+
+    Between `ViTLite`, which has a class token, and `CompactConvolutionalTransformer`, which has
+    convolutions: to tell what each of the two is worth.
+
+    Example:
+      >>> config = CompactVisionTransformerConfig(
+      ...     num_classes=10, image_shape=(8, 8, 3), num_layers=1, features=8, num_heads=2
+      ... )
+      >>> CompactVisionTransformer(config, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 3))).shape
+      (2, 10)
+
+    Reference: Hassani, Walton, Shah, Abuduweili, Li, Shi, "Escaping the Big Data Paradigm with
+    Compact Transformers", 2021, arXiv:2104.05704.
+    """
+
+    Config = CompactVisionTransformerConfig
+
+    def __init__(self, config: CompactVisionTransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.tokenizer = _patches(config, rngs)
+        self.encoder = CompactEncoder(config, self.tokenizer.num_tokens, rngs=rngs)
+
+
+class ViTLite(_CompactClassifier):
+    """An image classifier: small patches, a small encoder, and a class token.
+
+    Args:
+      config: its parts and sizes.
+      rngs: source of the `params` key.
+
+    Raises:
+      ValueError: a patch size that does not divide the image, or heads that do not divide the
+        features.
+
+    The baseline of the compact transformers. `VisionTransformer` is the original.
+
+    Example:
+      >>> config = ViTLiteConfig(
+      ...     num_classes=10, image_shape=(8, 8, 3), num_layers=1, features=8, num_heads=2
+      ... )
+      >>> ViTLite(config, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 3))).shape
+      (2, 10)
+
+    Reference: Hassani, Walton, Shah, Abuduweili, Li, Shi, "Escaping the Big Data Paradigm with
+    Compact Transformers", 2021, arXiv:2104.05704.
+    """
+
+    Config = ViTLiteConfig
+
+    def __init__(self, config: ViTLiteConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.tokenizer = _patches(config, rngs)
+        self.encoder = CompactEncoder(
+            config, self.tokenizer.num_tokens, class_token=True, rngs=rngs
+        )
+
+
+def _cct(kernel_size: int, conv_layers: int, options: dict[str, Any], *sizes: Any) -> Any:
+    names = ("num_layers", "num_heads", "mlp_ratio", "features")
+    given = dict(zip(names, sizes)) | {"kernel_size": kernel_size, "conv_layers": conv_layers}
+    return CompactConvolutionalTransformerConfig(**(given | options))
+
+
+def cct_2(
+    kernel_size: int = 3, conv_layers: int = 2, **options: Any
+) -> CompactConvolutionalTransformerConfig:
+    """CCT-2/KxM: 2 layers of 128 features, 2 heads, as many hidden units.
+
+    Args:
+      kernel_size, conv_layers: K and M, of the tokenizer. Defaults 3 and 2.
+      **options: further fields of the configuration, `num_classes` among them.
+
+    Returns:
+      The configuration. `cct_4`, `cct_6`, `cct_7` and `cct_14` are the paper's larger ones.
+
+    Example:
+      >>> cct_2(num_classes=10).conv_layers
+      2
+
+    Reference: Hassani, Walton, Shah, Abuduweili, Li, Shi, "Escaping the Big Data Paradigm with
+    Compact Transformers", 2021, arXiv:2104.05704.
+    """
+    return _cct(kernel_size, conv_layers, options, 2, 2, 1.0, 128)
+
+
+def cct_4(
+    kernel_size: int = 3, conv_layers: int = 2, **options: Any
+) -> CompactConvolutionalTransformerConfig:
+    """CCT-4/KxM: as `cct_2`, with 4 layers."""
+    return _cct(kernel_size, conv_layers, options, 4, 2, 1.0, 128)
+
+
+def cct_6(
+    kernel_size: int = 3, conv_layers: int = 1, **options: Any
+) -> CompactConvolutionalTransformerConfig:
+    """CCT-6/KxM: as `cct_2`, with 6 layers of 256 features, 4 heads, twice the hidden units."""
+    return _cct(kernel_size, conv_layers, options, 6, 4, 2.0, 256)
+
+
+def cct_7(
+    kernel_size: int = 3, conv_layers: int = 1, **options: Any
+) -> CompactConvolutionalTransformerConfig:
+    """CCT-7/KxM: as `cct_6`, with 7 layers."""
+    return _cct(kernel_size, conv_layers, options, 7, 4, 2.0, 256)
+
+
+def cct_14(
+    kernel_size: int = 7, conv_layers: int = 2, **options: Any
+) -> CompactConvolutionalTransformerConfig:
+    """CCT-14/KxM: as `cct_2`, with 14 layers of 384 features, 6 heads, three times the hidden
+    units; the paper's for images of 224 x 224."""
+    return _cct(kernel_size, conv_layers, options, 14, 6, 3.0, 384)
