@@ -249,7 +249,7 @@ class Block(nnx.Module):
         return self.mlp(x, keys[1], mlp, factor=factor, where=where)
 
 
-def stack_blocks(make: Callable[[Array], Block], keys: Array) -> Block:
+def make_stack(make: Callable[[Array], Block], keys: Array) -> Block:
     """Blocks of one kind as one, with the parameters of all along a leading axis "layers".
 
     Args:
@@ -258,15 +258,44 @@ def stack_blocks(make: Callable[[Array], Block], keys: Array) -> Block:
     """
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(keys[0])))
     leaves = jax.vmap(lambda key: nnx.split(make(key))[1])(keys)
+    return _stacked(graphdef, leaves, len(keys))
 
-    def named(variable: nnx.Variable) -> nnx.Variable:
-        variable.set_metadata(axes=("layers", *variable.get_metadata()["axes"]))
+
+def stack_blocks(blocks: Sequence[Block]) -> Block:
+    """Single blocks of one kind as one stacked block."""
+    graphdef = nnx.graphdef(blocks[0])
+    leaves = jax.tree.map(lambda *each: jnp.stack(each), *(nnx.state(block) for block in blocks))
+    return _stacked(graphdef, leaves, len(blocks))
+
+
+def unstack_block(block: Block) -> list[Block]:
+    """The single blocks that are stacked in one; of a single one, itself."""
+    if block.depth is None:
+        return [block]
+    graphdef, leaves = nnx.split(block)
+    blocks = []
+    for i in range(block.depth):
+        single = _renamed(jax.tree.map(lambda x, i=i: x[i], leaves), lambda axes: axes[1:])
+        blocks.append(nnx.merge(graphdef, single))
+        blocks[-1].depth = None
+    return blocks
+
+
+def _stacked(graphdef: nnx.GraphDef, leaves: Any, depth: int) -> Block:
+    block = nnx.merge(graphdef, _renamed(leaves, lambda axes: ("layers", *axes)))
+    block.depth = depth
+    return block
+
+
+def _renamed(leaves: Any, axes: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
+    """The variables with other names of their axes."""
+
+    def rename(variable: nnx.Variable) -> nnx.Variable:
+        variable = variable.copy()
+        variable.set_metadata(axes=axes(variable.get_metadata()["axes"]))
         return variable
 
-    leaves = jax.tree.map(named, leaves, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    block = nnx.merge(graphdef, leaves)
-    block.depth = len(keys)
-    return block
+    return jax.tree.map(rename, leaves, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def run_blocks(

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxref.models.blocks import Block, component_class
+from jaxref.models.blocks import Block, component_class, stack_blocks, unstack_block
 from jaxref.models.transformer import Transformer
 from jaxref.nn import Linear, Norm
 from jaxref.norms import (
     compressed_rms_norm,
     fold_unified_norm,
     layer_norm,
+    norm_placement,
     rms_norm,
     unified_norm,
 )
@@ -95,8 +96,7 @@ def pre_ln_to_pre_rms(model: Transformer) -> Transformer:
     _fold_norms(
         model, lambda norm: partial(fold_norm_affine, _value(norm.scale), _value(norm.bias))
     )
-    for parameter in _written(model):
-        parameter[...] = parameter[...] - jnp.mean(parameter[...], axis=-1, keepdims=True)
+    centre_writers(model)
     _replace_norms(model, partial(rms_norm, scale=None, epsilon=epsilon))
     return model
 
@@ -154,9 +154,9 @@ def pre_rms_to_pre_crms(model: Transformer) -> Transformer:
     smaller = config.features - 1
     for block in model.blocks:
         for sublayer in (block.attention, block.mlp):
-            for reader in _readers(sublayer.function):
+            for reader in readers(sublayer.function):
                 reader.in_features = (smaller,)
-            _writer(sublayer.function).out_features = (smaller,)
+            writer(sublayer.function).out_features = (smaller,)
     model.output.in_features = (smaller,)
     model.config = dataclasses.replace(
         config, features=smaller, head_dim=config.head_dim or config.features // config.num_heads
@@ -274,6 +274,54 @@ def _fold_stacked(linear: Any) -> Any:
     return nnx.merge(made[0], plain)
 
 
+def with_scan_layers(model: Transformer, scan_layers: bool = True) -> Transformer:
+    r"""A transformer of the same values that runs its layers by `lax.scan`, or does not.
+
+    Args:
+      model: a `Transformer`. It stays as it is.
+      scan_layers: True for stacked parameters and a scan; False for single layers.
+
+    Returns:
+      A new `Transformer`, whose configuration has `scan_layers` so.
+
+    Use it to load single layers into a model that compiles quickly, or to take layers out of one.
+
+    Example:
+      >>> from jaxref.models import TransformerConfig
+      >>> config = TransformerConfig(
+      ...     vocab_size=16, max_length=8, num_layers=2, features=8, num_heads=2, mlp_features=16
+      ... )
+      >>> model, tokens = config.build(rngs=nnx.Rngs(0)), jnp.arange(8)[None]
+      >>> scanned = with_scan_layers(model)
+      >>> len(scanned.blocks), bool(jnp.allclose(model(tokens), scanned(tokens), atol=1e-5))
+      (1, True)
+    """
+    model = nnx.clone(model)
+    placements = norm_placement(
+        model.config.num_layers,
+        model.config.norm_placement,
+        post_fraction=model.config.post_fraction,
+    )
+
+    def arranged(blocks: nnx.List) -> nnx.List:
+        single = [layer for block in blocks for layer in unstack_block(block)]
+        if not scan_layers:
+            return nnx.List(single)
+        kinds = dict.fromkeys(placements)  # equal ones follow each other
+        return nnx.List(
+            [
+                stack_blocks([b for b, placement in zip(single, placements) if placement == kind])
+                for kind in kinds
+            ]
+        )
+
+    model.blocks = arranged(model.blocks)
+    if model.encoder is not None:
+        model.encoder = arranged(model.encoder)
+    model.config = dataclasses.replace(model.config, scan_layers=scan_layers)
+    return model
+
+
 def _check_convertible(
     model: Transformer, norm: Callable[..., Any], *, default_epsilon: float = 1e-6
 ) -> float:
@@ -292,13 +340,13 @@ def _check_convertible(
         raise ValueError("model must have an embedding of its own that is used as it is")
     for block in model.blocks:
         for sublayer in (block.attention, block.mlp):
-            linears = [*_readers(sublayer.function), _writer(sublayer.function)]
+            linears = [*readers(sublayer.function), writer(sublayer.function)]
             if any(type(linear) is not Linear for linear in linears):
                 raise ValueError("model must have plain linear maps: jaxref.models.fold_linears")
     return getattr(config.norm, "keywords", {}).get("epsilon", default_epsilon)
 
 
-def _readers(function: Any) -> list[Linear]:
+def readers(function: Any) -> list[Linear]:
     """The linear maps of an attention or MLP that read the stream."""
     names = ("query", "key", "value", "up", "gate")
     found = [getattr(function, name, None) for name in names]
@@ -308,18 +356,24 @@ def _readers(function: Any) -> list[Linear]:
     return readers
 
 
-def _writer(function: Any) -> Linear:
+def writer(function: Any) -> Linear:
     """The linear map of an attention or MLP that writes to the stream."""
     return function.down if hasattr(function, "down") else function.output
+
+
+def centre_writers(model: Transformer) -> None:
+    """Subtracts its mean over the features from what is added to the stream, in place."""
+    for parameter in _written(model):
+        parameter[...] = parameter[...] - jnp.mean(parameter[...], axis=-1, keepdims=True)
 
 
 def _written(model: Transformer) -> list[nnx.Param]:
     """The parameters that are added to the stream."""
     tables = [table.embedding for table in (model.embed, model.positions) if table is not None]
-    writers = [_writer(s.function) for block in model.blocks for s in (block.attention, block.mlp)]
+    writers = [writer(s.function) for block in model.blocks for s in (block.attention, block.mlp)]
     return [
         *tables,
-        *(p for writer in writers for p in (writer.kernel, writer.bias) if p is not None),
+        *(p for linear in writers for p in (linear.kernel, linear.bias) if p is not None),
     ]
 
 
@@ -339,13 +393,13 @@ def _fold_norms(
             linear.bias.set_value(bias)
             return
         axes = linear.kernel.get_metadata()["axes"]
-        linear.bias = nnx.Param(
-            bias, axes=(*leading, *axes[len(axes) - len(linear.out_features) :])
+        linear.bias = nnx.data(
+            nnx.Param(bias, axes=(*leading, *axes[len(axes) - len(linear.out_features) :]))
         )
 
     for block in model.blocks:
         for sublayer in (block.attention, block.mlp):
-            for reader in _readers(sublayer.function):
+            for reader in readers(sublayer.function):
                 made = _of_each(block, taken_over, sublayer.input_norm, reader)
                 assign(reader, *made, () if block.depth is None else ("layers",))
     assign(model.output, *taken_over(model.final_norm, model.output), ())

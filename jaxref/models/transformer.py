@@ -19,8 +19,8 @@ from jaxref.models.blocks import (
     Block,
     component_class,
     is_tokenized,
+    make_stack,
     run_blocks,
-    stack_blocks,
     stream_norm,
 )
 from jaxref.nn import MLP, Embed, Linear, Norm, StableEmbedding
@@ -554,7 +554,7 @@ def _make_blocks(config: TransformerConfig, rngs: nnx.Rngs, *, cross: bool) -> l
     blocks, first = [], 0
     for placement in dict.fromkeys(placements):  # equal ones follow each other
         count = placements.count(placement)
-        blocks.append(stack_blocks(partial(make, placement), keys[first : first + count]))
+        blocks.append(make_stack(partial(make, placement), keys[first : first + count]))
         first += count
     return blocks
 

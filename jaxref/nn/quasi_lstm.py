@@ -60,8 +60,8 @@ def quasi_lstm(
         unknown `implementation`.
       TypeError: an array that is not floating point.
 
-    Use it where a recurrent model is wanted whose training runs in parallel over time; what it gives
-    up against an LSTM (`LayerNormLSTMCell`) is gates that see the state.
+    Use it where a recurrent model is wanted whose training runs in parallel over time; what it
+    gives up against an LSTM (`LayerNormLSTMCell`) is gates that see the state.
 
     Example:
       >>> logits = jnp.zeros((1, 4, 1, 1))

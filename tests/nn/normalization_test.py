@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxref.nn import Norm
+from jaxref import norms
+from jaxref.nn import GradientState, Norm
 from jaxref.norms import layer_norm, rms_norm
 
 
@@ -83,3 +84,80 @@ def test_types_and_names():
 def test_input_of_another_size_raises():
     with pytest.raises(ValueError, match=r"scale must have shape \(5,\), got \(6,\)"):
         Norm(rms_norm, 6)(jnp.ones((2, 5)))
+
+
+@pytest.mark.parametrize("name", ["power_norm", "unified_norm", "evonorm_b0", "evonorm_b2"])
+class TestStatistics:
+    """Norms with running statistics, some of which the backward pass advances."""
+
+    def step(self, norm, x):
+        """A step of training, its gradients and the statistics before and after it."""
+        graph, params, backward, rest = nnx.split(norm, nnx.Param, GradientState, ...)
+
+        @jax.jit
+        def slopes(params, backward, rest, x):
+            def loss(params, backward):
+                norm = nnx.merge(graph, params, backward, rest, copy=True)
+                y = norm(x)
+                return jnp.sum(y * random(x.shape, 3)), nnx.state(norm, nnx.BatchStat)
+
+            return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, backward)
+
+        (of_params, following), statistics = slopes(params, backward, rest, x)
+        nnx.update(norm, following, statistics)
+        return of_params
+
+    def test_a_step_of_training_is_that_of_the_function(self, name):
+        x, norm = random((8, 3, 6)), Norm(getattr(norms, name), 6)
+        function, before = getattr(norms, name), getattr(norms, f"{name}_init")(6)
+        backward = getattr(before, "backward_fields", ())
+        assert {f for f, v in norm.state.items() if isinstance(v, GradientState)} == set(backward)
+        of_params = self.step(norm, x)
+        learned = {"scale": jnp.ones(6), "bias": jnp.zeros(6)}
+        if name == "evonorm_b0":
+            learned["v"] = jnp.ones(6)
+
+        def loss(learned, state):
+            y, following = function(x, state, **learned, training=True)
+            return jnp.sum(y * random(x.shape, 3)), following
+
+        slope = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
+        (expected, gradient), after = slope(learned, before)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+            nnx.to_pure_dict(of_params),
+            expected,
+        )
+        for field, variable in norm.state.items():
+            next_value = getattr(gradient if field in backward else after, field)
+            np.testing.assert_allclose(variable[...], next_value, rtol=1e-5, atol=1e-6)
+            assert field == "skipped" or np.any(next_value != getattr(before, field))
+
+    def test_evaluation_uses_the_statistics_and_keeps_them(self, name):
+        x, norm = random((8, 3, 6)), Norm(getattr(norms, name), 6)
+        self.step(norm, x)
+        norm.eval()
+        before = {field: np.asarray(variable[...]) for field, variable in norm.state.items()}
+        state = norm._state_type(**before)
+        expected, _ = getattr(norms, name)(x[:1], state, training=False)
+        np.testing.assert_allclose(norm(x[:1]), expected, rtol=1e-5, atol=1e-6)
+        for field, variable in norm.state.items():
+            np.testing.assert_array_equal(variable[...], before[field])
+
+
+def test_evonorms_of_the_sample_series_have_no_statistics():
+    for name, names in (("evonorm_s0", {"scale", "bias", "v"}), ("evonorm_s2", {"scale", "bias"})):
+        norm = Norm(partial(getattr(norms, name), groups=2), 6)
+        assert norm.state is None
+        assert parameters(norm).keys() == names
+        assert norm(random((2, 3, 6))).shape == (2, 3, 6)
+
+
+def test_a_mask_reaches_the_statistics():
+    x = random((8, 3, 6))
+    where = np.arange(8).reshape(8, 1, 1) < 5
+    masked, alone = Norm(norms.power_norm, 6), Norm(norms.power_norm, 6)
+    np.testing.assert_allclose(masked(x, where=where)[:5], alone(x[:5]), rtol=1e-5)
+    np.testing.assert_allclose(
+        masked.state["psi_squared"][...], alone.state["psi_squared"][...], rtol=1e-5
+    )

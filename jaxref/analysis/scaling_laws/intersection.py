@@ -65,7 +65,7 @@ def scaling_intersection(
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         log_hours = (b[0] - a[0]) / (a[1] - b[1])
         hours, loss = float(np.exp(log_hours)), float(np.exp(a[0] + a[1] * log_hours))
-    if a[1] == b[1]:
+    if np.isclose(a[1], b[1], rtol=1e-12, atol=1e-12):  # but for rounding
         hours, loss = np.inf, 0.0
     return ScalingIntersection(a, b, hours, loss)
 

@@ -15,6 +15,7 @@ from jaxref.analysis import (
     plot_depth_statistics,
     pre_ln_variance_growth,
 )
+from jaxref.parallel import make_mesh
 
 
 def random(shape, seed=0):
@@ -33,7 +34,7 @@ class TestPreLnVarianceGrowth:
 
     def test_is_linear_in_depth_and_with_scaling_logarithmic(self):
         assert pre_ln_variance_growth(64, 1.0)[-1] == 65
-        np.testing.assert_allclose(pre_ln_variance_growth(64, 1.0, scaling=True)[-1], 5.7439)
+        np.testing.assert_allclose(pre_ln_variance_growth(64, 1.0, scaling=True)[-1], 5.7439, atol=1e-4)
 
     def test_bad_input_is_named(self):
         with pytest.raises(ValueError, match="depth must be in"):
@@ -68,7 +69,7 @@ class HiddenStateStatisticsTest(chex.TestCase):
         expected = hidden_state_statistics(states)
         assert expected.gradient_norm is None
         chex.assert_trees_all_close(hidden_state_statistics(list(states)), expected)
-        sharding = NamedSharding(jax.make_mesh((8,), ("data",)), P(None, "data"))
+        sharding = NamedSharding(make_mesh({"data": 8}), P(None, "data"))
         ours = jax.jit(hidden_state_statistics)(jax.device_put(states, sharding))
         chex.assert_trees_all_close(ours, expected, rtol=1e-5)
 
