@@ -61,9 +61,9 @@ def probabilistic_block_attention(
     and p(0) = 1, so that a query always sees its own block. All examples of the batch share a draw.
 
     One step of a loop takes a block of queries, or causal, the two blocks r and N - 1 - r of N,
-    whose triangle's rows have N + 1 blocks together: blocks behind the query are never computed,
-    and no more than two rows of weights exist at a time, in the backward pass too. Blocks that the
-    draw leaves out are masked, not skipped, for the shapes of a compiled program cannot depend on
+    which see N + 1 blocks of keys together: blocks later than the queries are never computed, and
+    no more than two rows of weights exist at a time, in the backward pass too. Blocks that the draw
+    leaves out are masked, not skipped, for the shapes of a compiled program cannot depend on
     chance: this form shows what the draw does to a model, and does not save its time.
 
     Args:
@@ -116,13 +116,13 @@ def probabilistic_block_attention(
         key, value = key[:, :q_len], value[:, :q_len]
     k_len = key.shape[1]
     q_blocks, k_blocks = -(-q_len // block_size), -(-k_len // block_size)
-
     groups = heads // kv_heads
 
     def blocks(x, groups):
         """`[blocks, batch, kv_heads, groups, block_size, size]`, the last filled up with zeros."""
         x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % block_size), (0, 0), (0, 0)])
-        x = x.reshape(batch, -1, block_size, kv_heads, groups, x.shape[3])
+        x = x.reshape(batch, -1, block_size, *x.shape[2:])
+        x = x.reshape(*x.shape[:3], kv_heads, groups, x.shape[4])  # explicit sharding: step by step
         return x.transpose(1, 0, 3, 4, 2, 5)
 
     value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)  # weighs itself too
@@ -153,16 +153,18 @@ def probabilistic_block_attention(
         ]
         logits = jnp.where(seen, logits, -jnp.inf)
         peaks = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        peaks = jax.ops.segment_max(peaks, row_of_slot, len(step_rows))
+        belongs = row_of_slot == jnp.arange(len(step_rows))[:, None]  # [rows, slots]
+        peaks = jnp.where(belongs[:, :, None, None, None, None, None], peaks, -jnp.inf).max(axis=1)
         weights = jnp.exp(logits - jnp.where(peaks > -jnp.inf, peaks, 0)[row_of_slot])
         summed = jnp.einsum("sbhgqt,sbhtv->sbhgqv", weights, v_cut[columns][:, :, :, 0])
-        summed = jax.ops.segment_sum(summed, row_of_slot, len(step_rows))
+        summed = jnp.einsum("rs,sbhgqv->rbhgqv", belongs.astype(dtype), summed)
         return weighted_average(summed[..., :-1], summed[..., -1:])
 
     output = jax.lax.map(attend, tables)
     output = output.reshape(-1, *output.shape[2:])[np.unique(tables[0], return_index=True)[1]]
-    output = output.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, output.shape[5])
-    return output[:, :q_len].astype(result_type)
+    output = output.transpose(1, 0, 4, 2, 3, 5)
+    output = output.reshape(batch, -1, *output.shape[3:])[:, :q_len]
+    return output.reshape(batch, q_len, heads, output.shape[4]).astype(result_type)
 
 
 def draw_blocks(
@@ -208,7 +210,9 @@ def _added_blocks(added: Array, kv_heads: int, block_size: int) -> Array:
     added = jnp.pad(added, [(0, 0), (0, 0), (0, missing[0]), (0, missing[1])])
     head_axes = (1, 1) if heads == 1 else (kv_heads, heads // kv_heads)
     counts = [length // size for length, size in zip(added.shape[2:], sizes)]
-    added = added.reshape(batch, *head_axes, counts[0], sizes[0], counts[1], sizes[1])
+    added = added.reshape(batch, *head_axes, *added.shape[2:])
+    added = added.reshape(batch, *head_axes, counts[0], sizes[0], added.shape[4])
+    added = added.reshape(*added.shape[:5], counts[1], sizes[1])
     return added.transpose(3, 5, 0, 1, 2, 4, 6)
 
 

@@ -121,7 +121,7 @@ def attention_entropy(
       ValueError: `axis` out of range, or a mask that does not broadcast.
       TypeError: `probabilities` are not floating point.
 
-    Use it to watch the training of a transformer: it falls before the loss diverges.
+    Use it to watch the training of a transformer, where it falls as training becomes unstable.
     `entropy_profile` sums it up by layer and head, and `attention_entropy_regularizer` keeps it in
     a band.
 

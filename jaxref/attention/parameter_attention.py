@@ -82,8 +82,8 @@ def parameter_attention(
       TypeError: an array that is not floating point.
 
     Use it for the projections and the MLP of a transformer that is to grow in training, from
-    `jaxref.nn.ParameterAttention`; for fixed sizes a matrix is half the work. "softmax" learns more
-    slowly and cannot grow without a change of the outputs.
+    `jaxref.nn.ParameterAttention`; for fixed sizes a matrix is half the work. "softmax" cannot grow
+    without a change of the outputs.
 
     Example:
       >>> keys, values = jnp.eye(2), jnp.array([[1.0], [10.0]])

@@ -57,6 +57,8 @@ def sequence_pooling(
     check_shape(x.shape[-1:], kernel=kernel)
     check_broadcastable(x.shape[:-1], where=where)
     wide = x.astype(compute_dtype(x, kernel))
+    if where is not None:
+        wide = jnp.where(jnp.expand_dims(where, -1), wide, 0.0)
     scores = wide @ kernel.astype(wide.dtype)
     if bias is not None:
         check_floating(bias=bias)
@@ -65,5 +67,4 @@ def sequence_pooling(
     weights = jnp.exp(masked_log_softmax(scores, axis=-1, where=where))
     if where is not None:
         weights = jnp.where(where, weights, 0.0)
-        wide = jnp.where(jnp.expand_dims(where, -1), wide, 0.0)
     return jnp.einsum("...n,...nc->...c", weights, wide).astype(x.dtype)

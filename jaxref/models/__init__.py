@@ -1,5 +1,29 @@
 """flax.nnx models built from `jaxref.nn`."""
 
+from jaxref.models.cct import (
+    CompactConvolutionalTransformer,
+    CompactConvolutionalTransformerConfig,
+    CompactEncoder,
+    CompactEncoderConfig,
+    CompactVisionTransformer,
+    CompactVisionTransformerConfig,
+    ViTLite,
+    ViTLiteConfig,
+    cct_2,
+    cct_4,
+    cct_6,
+    cct_7,
+    cct_14,
+)
+from jaxref.models.compound_scaling import (
+    TINYNET_ANCHORS,
+    Multipliers,
+    efficientnet_b0_flops,
+    fit_tiny_formula,
+    inverse_giant_formula,
+    scale_channels,
+    tiny_formula,
+)
 from jaxref.models.conversions import (
     fold_linears,
     fold_norm_affine,
@@ -11,7 +35,13 @@ from jaxref.models.conversions import (
 from jaxref.models.generation import generate, sample_tokens
 from jaxref.models.gpt2 import gpt2_config, load_gpt2, save_safetensors
 from jaxref.models.growth import grow_transformer, pad_kernel, rescale_norm_for_padding
+from jaxref.models.nf_resnet import NFResNet, NFResNetConfig
+from jaxref.models.resnet import ResNet, ResNetConfig
+from jaxref.models.tinynet import TinyNet, TinyNetConfig, tinynet
+from jaxref.models.tokenizers import ConvTokenizer, TextTokenizer
 from jaxref.models.transformer import GenerationCache, Transformer, TransformerConfig
+from jaxref.models.vit import VisionTransformer, VisionTransformerConfig
+from jaxref.models.widenet import WideNet, WideNetConfig, WideNetEncoder
 
 __all__ = [
     "Transformer",
@@ -31,4 +61,38 @@ __all__ = [
     "gpt2_config",
     "load_gpt2",
     "save_safetensors",
+    "VisionTransformer",
+    "VisionTransformerConfig",
+    "CompactConvolutionalTransformer",
+    "CompactConvolutionalTransformerConfig",
+    "CompactVisionTransformer",
+    "CompactVisionTransformerConfig",
+    "ViTLite",
+    "ViTLiteConfig",
+    "CompactEncoder",
+    "CompactEncoderConfig",
+    "ConvTokenizer",
+    "TextTokenizer",
+    "cct_2",
+    "cct_4",
+    "cct_6",
+    "cct_7",
+    "cct_14",
+    "WideNet",
+    "WideNetConfig",
+    "WideNetEncoder",
+    "ResNet",
+    "ResNetConfig",
+    "NFResNet",
+    "NFResNetConfig",
+    "TinyNet",
+    "TinyNetConfig",
+    "tinynet",
+    "TINYNET_ANCHORS",
+    "Multipliers",
+    "tiny_formula",
+    "inverse_giant_formula",
+    "fit_tiny_formula",
+    "scale_channels",
+    "efficientnet_b0_flops",
 ]

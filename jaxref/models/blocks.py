@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,11 @@ from jaxref.nn.mlp import is_module_class
 from jaxref.norms import deep_norm_alpha, deep_norm_gain, layer_norm_scaling_factor
 from jaxref.parallel import constrain
 
-if TYPE_CHECKING:
-    from jaxref.models.transformer import TransformerConfig
-
+TransformerConfig = Any  # that of jaxref.models.transformer, which imports this file
 Call = Callable[..., tuple[Array, Any]]
 
 
-def stream_norm(function: Callable[..., Any] | None, config: "TransformerConfig") -> Norm | None:
+def stream_norm(function: Callable[..., Any] | None, config: TransformerConfig) -> Norm | None:
     """A norm of the stream; None of None."""
     if function is None:
         return None
@@ -41,7 +39,7 @@ class Sublayer(nnx.Module):
     takes 6% longer for a training step.
     """
 
-    def __init__(self, function: Callable[..., Any], config: "TransformerConfig", placement: str):
+    def __init__(self, function: Callable[..., Any], config: TransformerConfig, placement: str):
         norm = partial(stream_norm, config.norm, config)
         self.function = function
         self.input_norm = norm() if placement in ("pre", "peri", "sandwich") else None
@@ -98,7 +96,7 @@ class Block(nnx.Module):
     depth: int | None = None
 
     def __init__(
-        self, config: "TransformerConfig", placement: str, *, cross: bool = False, rngs: nnx.Rngs
+        self, config: TransformerConfig, placement: str, *, cross: bool = False, rngs: nnx.Rngs
     ):
         types: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         inits = _initializers(config, placement)
@@ -275,19 +273,19 @@ def unstack_block(block: Block) -> list[Block]:
     graphdef, leaves = nnx.split(block)
     blocks = []
     for i in range(block.depth):
-        single = _renamed(jax.tree.map(lambda x, i=i: x[i], leaves), lambda axes: axes[1:])
+        single = renamed(jax.tree.map(lambda x, i=i: x[i], leaves), lambda axes: axes[1:])
         blocks.append(nnx.merge(graphdef, single))
         blocks[-1].depth = None
     return blocks
 
 
 def _stacked(graphdef: nnx.GraphDef, leaves: Any, depth: int) -> Block:
-    block = nnx.merge(graphdef, _renamed(leaves, lambda axes: ("layers", *axes)))
+    block = nnx.merge(graphdef, renamed(leaves, lambda axes: ("layers", *axes)))
     block.depth = depth
     return block
 
 
-def _renamed(leaves: Any, axes: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
+def renamed(leaves: Any, axes: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
     """The variables with other names of their axes."""
 
     def rename(variable: nnx.Variable) -> nnx.Variable:
@@ -366,7 +364,7 @@ class _Initializers(NamedTuple):
     mlp: dict[str, Initializer]
 
 
-def _initializers(config: "TransformerConfig", placement: str) -> _Initializers:
+def _initializers(config: TransformerConfig, placement: str) -> _Initializers:
     if config.layer_norm_scaling or is_tokenized(config):
         return _Initializers({}, {})
     if placement == "deep_norm":
@@ -381,12 +379,12 @@ def _initializers(config: "TransformerConfig", placement: str) -> _Initializers:
     return _Initializers({"output_init": writer}, {"output_init": writer})
 
 
-def is_tokenized(config: "TransformerConfig") -> bool:
+def is_tokenized(config: TransformerConfig) -> bool:
     """Whether the projections are attention over parameter tokens, as in TokenFormer."""
     return issubclass(component_class(config.linear), ParameterAttention)
 
 
-def _linear(config: "TransformerConfig") -> Callable[..., Any]:
+def _linear(config: TransformerConfig) -> Callable[..., Any]:
     if not is_tokenized(config):
         return config.linear
     return partial(config.linear, value_init=normal(2 / (config.num_layers * config.features**0.5)))
@@ -399,7 +397,7 @@ def component_class(component: Any) -> Any:
     return component
 
 
-def _mixer(config: "TransformerConfig") -> Callable[..., Any]:
+def _mixer(config: TransformerConfig) -> Callable[..., Any]:
     """The class of the attention, from a class or from the function that it is around."""
     if not is_module_class(config.attention):
         return partial(MultiHeadAttention, attention=config.attention)
@@ -408,7 +406,7 @@ def _mixer(config: "TransformerConfig") -> Callable[..., Any]:
     return config.attention
 
 
-def _mlp(config: "TransformerConfig", inits: dict[str, Initializer], rngs: nnx.Rngs) -> Any:
+def _mlp(config: TransformerConfig, inits: dict[str, Initializer], rngs: nnx.Rngs) -> Any:
     types: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
     if is_tokenized(config):  # one map, whose tokens are the hidden units
         return _linear(config)(
@@ -425,7 +423,7 @@ def _mlp(config: "TransformerConfig", inits: dict[str, Initializer], rngs: nnx.R
     return config.mlp(config.features, config.mlp_features, **given, **inits, **types, rngs=rngs)
 
 
-def _position_options(config: "TransformerConfig") -> dict[str, Any]:
+def _position_options(config: TransformerConfig) -> dict[str, Any]:
     kind, options = config.positions or "", {}
     if "rotary" in kind:
         options |= {"rotary_base": config.rotary_base, "rotary_fraction": config.rotary_fraction}

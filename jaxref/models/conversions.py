@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxref.models.blocks import Block, component_class, stack_blocks, unstack_block
+from jaxref.models.blocks import Block, component_class, renamed, stack_blocks, unstack_block
 from jaxref.models.transformer import Transformer
 from jaxref.nn import Linear, Norm
 from jaxref.norms import (
@@ -263,6 +263,7 @@ def fold_linears(model: Any) -> Any:
 
 def _fold_stacked(linear: Any) -> Any:
     graphdef, leaves = nnx.split(linear)
+    leaves = renamed(leaves, lambda axes: axes[1:])
     made: list[Any] = []
 
     def fold(leaves: Any) -> Any:
@@ -270,7 +271,7 @@ def _fold_stacked(linear: Any) -> Any:
         made.append(plain_graphdef)
         return plain
 
-    plain = jax.vmap(fold)(leaves)
+    plain = renamed(jax.vmap(fold)(leaves), lambda axes: ("layers", *axes))
     return nnx.merge(made[0], plain)
 
 

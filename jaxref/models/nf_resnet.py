@@ -99,10 +99,8 @@ class NFResNet(nnx.Module):
     batches, contrastive losses, federated clients. `ResNet` has norms.
 
     Example:
-      >>> config = NFResNetConfig(
-      ...     num_classes=10, image_shape=(8, 8, 3), stages=(1,), width=4, stem="small"
-      ... )
-      >>> NFResNet(config, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 3))).shape
+      >>> config, images = NFResNetConfig(num_classes=10), jnp.ones((2, 224, 224, 3))
+      >>> nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))(images)).shape
       (2, 10)
 
     Reference: Brock, De, Smith, "Characterizing signal propagation to close the performance gap in

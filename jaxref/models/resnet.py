@@ -125,10 +125,9 @@ class ResNet(nnx.Module):
     `NFResNet` has no norms.
 
     Example:
-      >>> config = ResNetConfig(
-      ...     num_classes=10, image_shape=(8, 8, 3), depth=18, stages=(1,), width=8, stem="small"
-      ... )
-      >>> ResNet(config, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 3))).shape
+      >>> config = ResNetConfig(num_classes=10, image_shape=(32, 32, 3), depth=18, stem="small")
+      >>> images = jnp.ones((2, 32, 32, 3))
+      >>> nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))(images)).shape
       (2, 10)
 
     Reference: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2015,

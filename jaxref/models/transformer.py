@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxref.attention import dot_product_attention
+from jaxref.attention import dot_product_attention, linear_attention
 from jaxref.core.checks import check_interval, check_shape
 from jaxref.core.numerics import compute_dtype
 from jaxref.models.blocks import (
@@ -173,16 +173,23 @@ class TransformerConfig:
                 "tie_embeddings needs a table that is used as it is, and stable_embedding "
                 "normalises it"
             )
+        if is_tokenized(self):
+            if self.use_bias:
+                raise ValueError("use_bias is not for linear=ParameterAttention, without biases")
+            if self.mlp is not MLP or self.gated or self.activation is not jax.nn.gelu:
+                raise ValueError(
+                    "mlp, gated and activation have no meaning with linear=ParameterAttention: one "
+                    "map of parameter tokens in the place of the MLP has its own nonlinearity"
+                )
         if is_module_class(self.attention):
             return  # a module says itself what it does not take
-        taken = inspect.signature(component_class(self.attention)).parameters
-        if "alibi" in (self.positions or "") and "bias" not in taken:
+        attention = component_class(self.attention)
+        takes_bias = "bias" in inspect.signature(attention).parameters
+        if "alibi" in (self.positions or "") and (attention is linear_attention or not takes_bias):
             raise ValueError(
                 f"positions {self.positions!r} are a bias of the logits, and attention "
-                f"{component_class(self.attention).__name__} takes none"
+                f"{attention.__name__} takes none"
             )
-        if is_tokenized(self) and self.use_bias:
-            raise ValueError("use_bias is not for linear=ParameterAttention, which has no biases")
 
 
 class GenerationCache(NamedTuple):
@@ -311,6 +318,8 @@ class Transformer(nnx.Module):
         self._check_tokens("tokens", tokens)
         self._check_asked("prefix_lengths", prefix_lengths, "prefix")
         self._check_asked("source", source, "encoder_decoder")
+        if where is not None:
+            check_shape(tokens.shape, where=where)
         decoder_key, source_key = (None, None)
         if key is not None:
             decoder_key, source_key = key, jax.random.fold_in(key, 1)
@@ -321,7 +330,7 @@ class Transformer(nnx.Module):
             seen = _prefix_mask(tokens.shape, prefix_lengths)
             mask = seen if mask is None else mask & seen
         is_causal = self.config.architecture in ("decoder", "encoder_decoder")
-        x = self._embedded(tokens, None)
+        x = self._embedded(tokens, where=where)
         x = self._through(
             self.blocks,
             x,
@@ -333,7 +342,7 @@ class Transformer(nnx.Module):
             memory=memory,
             memory_mask=memory_mask,
         )
-        return self._finished(x, self.final_norm, tokens.shape)
+        return self._finished(x, self.final_norm, tokens.shape, where)
 
     def encode(
         self, source: Array, *, key: Array | None = None, where: Array | None = None
@@ -349,10 +358,12 @@ class Transformer(nnx.Module):
                 f"{self.config.architecture!r}"
             )
         self._check_tokens("source", source)
-        x = self._embedded(source, None)
+        if where is not None:
+            check_shape(source.shape, source_where=where)
+        x = self._embedded(source, where=where)
         x = self._through(self.encoder, x, source.shape, key, where)
         mask = None if where is None else where[:, None, None, :]
-        return self._finished(x, self.source_norm, source.shape), mask
+        return self._finished(x, self.source_norm, source.shape, where), mask
 
     def init_cache(
         self,
@@ -500,7 +511,9 @@ class Transformer(nnx.Module):
                 f"{self.config.architecture!r}"
             )
 
-    def _embedded(self, tokens: Array, positions: Array | None) -> Array:
+    def _embedded(
+        self, tokens: Array, positions: Array | None = None, *, where: Array | None = None
+    ) -> Array:
         """The stream `[tokens, features]` that enters the blocks."""
         x = self.embed(tokens)
         if self.config.embedding_gradient < 1:
@@ -511,7 +524,7 @@ class Transformer(nnx.Module):
             ids = jnp.arange(tokens.shape[1]) if positions is None else jnp.minimum(positions, last)
             x = x + self.positions(ids)
         x = constrain(x.reshape(-1, x.shape[-1]), "batch", None)
-        return x if self.embed_norm is None else self.embed_norm(x)
+        return x if self.embed_norm is None else self.embed_norm(x, where=_rows(where))
 
     def _through(
         self,
@@ -525,9 +538,8 @@ class Transformer(nnx.Module):
         **kwargs: Any,
     ) -> Array:
         if where is not None:
-            check_shape(shape, where=where)
             mask = where[:, None, None, :] if mask is None else mask & where[:, None, None, :]
-            kwargs["where"] = where.reshape(-1, 1)
+            kwargs["where"] = _rows(where)
 
         def call(block: Block, x: Array, key: Any, index: Any, _: None) -> tuple[Array, None]:
             return block(x, key, index, shape, mask=mask, **kwargs), None
@@ -535,9 +547,16 @@ class Transformer(nnx.Module):
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
         return run_blocks(blocks, x, call, keys=keys, remat=self.config.remat)[0]
 
-    def _finished(self, x: Array, norm: Norm | None, shape: tuple[int, ...]) -> Array:
-        x = x if norm is None else norm(x)
+    def _finished(
+        self, x: Array, norm: Norm | None, shape: tuple[int, ...], where: Array | None = None
+    ) -> Array:
+        x = x if norm is None else norm(x, where=_rows(where))
         return x.reshape(*shape, x.shape[-1])
+
+
+def _rows(where: Array | None) -> Array | None:
+    """Which rows of the stream exist, `[tokens, 1]`."""
+    return None if where is None else where.reshape(-1, 1)
 
 
 def _make_blocks(config: TransformerConfig, rngs: nnx.Rngs, *, cross: bool) -> list[Block]:

@@ -214,14 +214,6 @@ class VisionTransformerConfig:
     Raises:
       ValueError: a size below 1, a rate out of range, or an unknown `pool`.
 
-    Example:
-      >>> config = VisionTransformerConfig(
-      ...     num_classes=10, image_shape=(8, 8, 3), patch_size=4, num_layers=1, features=8,
-      ...     num_heads=2, mlp_features=16,
-      ... )
-      >>> config.build(rngs=nnx.Rngs(0)).patches.num_tokens
-      4
-
     Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image
     Recognition at Scale", 2020, arXiv:2010.11929.
     """
@@ -267,12 +259,9 @@ class VisionTransformer(nnx.Module):
     `CompactConvolutionalTransformer` learns from some ten thousand images.
 
     Example:
-      >>> config = VisionTransformerConfig(
-      ...     num_classes=10, image_shape=(8, 8, 3), patch_size=4, num_layers=1, features=8,
-      ...     num_heads=2, mlp_features=16,
-      ... )
-      >>> model = VisionTransformer(config, rngs=nnx.Rngs(0))
-      >>> model(jnp.ones((2, 8, 8, 3))).shape
+      >>> config = VisionTransformerConfig(num_classes=10, patch_size=32)
+      >>> images = jnp.ones((2, 224, 224, 3))
+      >>> nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))(images)).shape
       (2, 10)
 
     Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image

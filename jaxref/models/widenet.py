@@ -57,9 +57,9 @@ class WideNetEncoder(nnx.Module):
     model. `WideNet` is the image classifier.
 
     Example:
-      >>> encoder = WideNetEncoder(8, 2, 2, 16, rngs=nnx.Rngs(0))
-      >>> encoder(jnp.ones((1, 5, 8))).shape
-      (1, 5, 8)
+      >>> tokens = jnp.ones((1, 5, 64))
+      >>> nnx.eval_shape(lambda: WideNetEncoder(64, 12, 2, 128, rngs=nnx.Rngs(0))(tokens)).shape
+      (1, 5, 64)
 
     Reference: Xue, Shi, Wei, Lou, Liu, You, "Go Wider Instead of Deeper", 2021, arXiv:2107.11817.
     """
@@ -194,11 +194,8 @@ class WideNet(nnx.Module):
     its depth and width, WideNet-B has a quarter of ViT-B's.
 
     Example:
-      >>> config = WideNetConfig(
-      ...     num_classes=10, image_shape=(8, 8, 3), patch_size=4, num_layers=2, features=8,
-      ...     num_heads=2, mlp_features=16,
-      ... )
-      >>> WideNet(config, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 3))).shape
+      >>> config, images = WideNetConfig(num_classes=10), jnp.ones((2, 224, 224, 3))
+      >>> nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))(images)).shape
       (2, 10)
 
     Reference: Xue, Shi, Wei, Lou, Liu, You, "Go Wider Instead of Deeper", 2021, arXiv:2107.11817.

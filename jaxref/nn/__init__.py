@@ -14,6 +14,28 @@ from jaxref.nn.conv import (
     SigmaReparamConv,
     WeightStandardizedConv,
 )
+from jaxref.nn.generalized_mean import (
+    MultipletLayer,
+    gini_mean,
+    lehmer_mean,
+    lehmer_mean_order_gradient,
+    lehmer_mean_weight_gradient,
+    mean_case_slope_score,
+    multiplet,
+)
+from jaxref.nn.hypernetwork import (
+    HyperNetwork,
+    HyperNetworkParameters,
+    hypernetwork_apply,
+    magnitude_invariant_encoding,
+)
+from jaxref.nn.implicit import (
+    diffusion_sorption_residual,
+    hard_constraint_mixture_of_experts,
+    hard_constraint_solve,
+    merge_domain,
+    partition_domain,
+)
 from jaxref.nn.linear import Embed, Linear
 from jaxref.nn.mixture_of_experts import (
     EnforcedRoutingMoE,
@@ -83,6 +105,22 @@ __all__ = [
     "worst_activation",
     "entropy_correction",
     "activation_entropy",
+    "lehmer_mean",
+    "gini_mean",
+    "multiplet",
+    "lehmer_mean_weight_gradient",
+    "lehmer_mean_order_gradient",
+    "mean_case_slope_score",
+    "MultipletLayer",
+    "HyperNetwork",
+    "HyperNetworkParameters",
+    "hypernetwork_apply",
+    "magnitude_invariant_encoding",
+    "hard_constraint_solve",
+    "hard_constraint_mixture_of_experts",
+    "partition_domain",
+    "merge_domain",
+    "diffusion_sorption_residual",
     "AlphaBatchNorm",
     "UnMixNorm",
     "Conv",

@@ -1,8 +1,10 @@
 """Multi-head attention around any attention function of `jaxref.attention`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -14,6 +16,7 @@ from jaxref.attention import (
     dot_product_attention,
     key_value_cache_append,
     key_value_cache_init,
+    linear_attention,
     rotary_embedding,
 )
 from jaxref.core.checks import check_interval
@@ -234,7 +237,11 @@ class MultiHeadAttention(nnx.Module):
             cache = staircase_cache_append(cache, key, value, where=where)
             key, value = staircase_cache_read(cache)
         mask = visible_positions(positions, prefix_lengths, key.shape[1])
-        return self.output(self.attend(query, key, value, mask=mask, positions=positions)), cache
+        attend = partial(self.attend, key=key, value=value)
+        if self.attention is linear_attention:  # whose mask is one for all queries
+            each = jax.vmap(lambda q, m: attend(q[:, None], mask=m[:, :, None]), (1, 2), 1)
+            return self.output(each(query, mask)[:, :, 0]), cache
+        return self.output(attend(query, mask=mask, positions=positions)), cache
 
     def _query(self, x: Array, positions: Array | None) -> Array:
         query = self.query(x)

@@ -19,6 +19,7 @@ from jaxref.nn.normalization import Norm
 from jaxref.norms import layer_norm
 
 State = tuple[Array, Array]
+Implementation = Literal["block", "scan", "associative"]
 
 
 def quasi_lstm(
@@ -29,31 +30,31 @@ def quasi_lstm(
     state: tuple[ArrayLike, ArrayLike],
     *,
     block_length: int = 16,
-    implementation: Literal["block", "scan", "associative"] = "block",
+    implementation: Implementation | None = None,
 ) -> tuple[Array, State]:
     r"""The states of an LSTM whose gates are given for all steps at once.
 
         c_t = f_t c_{t-1} + i_t z_t,   h_t = o_t tanh(c_t)
         f, i, o = σ(logits),   z = tanh(candidate logits)
 
-    elementwise. Over a block of steps 1 ... K that is one product,
+    elementwise. With D_k = f_1 ... f_k and ĉ_k the cells of a block of K steps that starts at 0,
 
-        c_k = D_{k0} c_0 + Σ_{1 ≤ l ≤ k} D_{kl} i_l z_l,   D_{kl} = Π_{l < s ≤ k} f_s
+        c_k = D_k c_0 + ĉ_k,   ĉ_k = f_k ĉ_{k-1} + i_k z_k
 
-    more arithmetic than the recurrence, and parallel.
+    Neither D nor ĉ needs c_0: all blocks compute theirs at once, in K steps, and length / K more
+    carry the cell from block to block.
 
     Args:
       forget_logits, input_logits, candidate_logits, output_logits: `[batch, length, heads,
         head_dim]` floating point, functions of the input. Models add 1 to those of f.
       state: c and h before the first step, `[batch, heads, head_dim]` each; h is not read.
-      block_length: K, a divisor of `length`; for "block" only. Default 16.
-      implementation: "block": the products above, one block after the other; "scan": step by step,
-        for the least memory; "associative": a scan in log(length) passes over all steps.
+      block_length: K, a divisor of `length`; not used by "scan" and "associative". Default 16.
+      implementation: "block" as above; "scan": step by step, the fastest on CPU; "associative": a
+        scan in log(length) passes over all steps. Default: "scan" on CPU, "block" elsewhere.
 
     Returns:
       h `[batch, length, heads, head_dim]` in the type of the logits, and the state after the last
-      step, in the types of `state`. Computed in at least float32; D from sums of log f, so that
-      gates near 0 over many steps vanish without error.
+      step, in the types of `state`. Computed in at least float32.
 
     Raises:
       ValueError: shapes that differ, a `length` that `block_length` does not divide or of 0, or an
@@ -93,18 +94,19 @@ def quasi_lstm(
     forget, entrance, candidate, exit_ = (
         jnp.moveaxis(jnp.asarray(logits, dtype), 1, 0) for logits in arrays.values()
     )
-    log_f = jax.nn.log_sigmoid(forget)
-    update = jax.nn.sigmoid(entrance) * jnp.tanh(candidate)
+    f, update = jax.nn.sigmoid(forget), jax.nn.sigmoid(entrance) * jnp.tanh(candidate)
     wide = c.astype(dtype)
-    if implementation == "block":
+    if implementation in (None, "block"):
         check_interval(1, jnp.inf, block_length=block_length)
         if shape[1] % block_length:
             raise ValueError(f"block_length must divide the length {shape[1]}, got {block_length}")
-        cells = _in_blocks(log_f, update, wide, block_length)
+    implementation = implementation or ("scan" if jax.default_backend() == "cpu" else "block")
+    if implementation == "block":
+        cells = _in_blocks(f, update, wide, block_length)
     elif implementation == "scan":
-        cells = _step_by_step(log_f, update, wide)
+        cells = _step_by_step(f, update, wide)
     elif implementation == "associative":
-        cells = _in_passes(log_f, update, wide)
+        cells = _in_passes(f, update, wide)
     else:
         raise ValueError(
             f"implementation must be 'block', 'scan' or 'associative', got {implementation!r}"
@@ -115,42 +117,41 @@ def quasi_lstm(
     return jnp.moveaxis(outputs, 0, 1).astype(logits_dtype), last
 
 
-# Each takes log f and i z, `[length, ...]`, and c before the first step, and gives all c.
+# Each takes f and i z, `[length, ...]`, and c before the first step, and gives all c.
 
 
-def _in_blocks(log_f: Array, update: Array, c: Array, block_length: int) -> Array:
-    steps = jnp.arange(block_length)
-    steps = steps.reshape(-1, *(1,) * (log_f.ndim - 1))
-    later = steps[:, None] > steps  # [k, l, ...]: whether step k comes after step l
+def _in_blocks(f: Array, update: Array, c: Array, block_length: int) -> Array:
+    def within(steps: State, inputs: State) -> tuple[State, State]:
+        (decay, cell), (f, update) = steps, inputs
+        steps = f * decay, f * cell + update
+        return steps, steps
 
-    def block(c: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        log_f, update = inputs
-        # Sums over l < s <= k themselves: differences of sums from the start would cancel.
-        log_decay = jnp.cumsum(jnp.where(later, log_f[:, None], 0.0), axis=0)
-        decay = jnp.where(steps[:, None] >= steps, jnp.exp(log_decay), 0.0)
-        since_start = jnp.exp(jnp.cumsum(log_f, axis=0))
-        cells = since_start * c + jnp.sum(decay * update, axis=1)
-        return cells[-1], cells
+    def across(c: Array, last: State) -> tuple[Array, Array]:
+        decay, cell = last
+        return decay * c + cell, c
 
-    shape = (-1, block_length, *update.shape[1:])
-    blocks = jax.lax.scan(block, c, (log_f.reshape(shape), update.reshape(shape)))[1]
-    return blocks.reshape(update.shape)
+    shape = (-1, block_length, *f.shape[1:])
+    f, update = (jnp.moveaxis(x.reshape(shape), 1, 0) for x in (f, update))  # [step, block, ...]
+    start = jnp.ones_like(f[0]), jnp.zeros_like(update[0])
+    decay, cells = jax.lax.scan(within, start, (f, update))[1]
+    starts = jax.lax.scan(across, c, (decay[-1], cells[-1]))[1]
+    return jnp.moveaxis(decay * starts + cells, 0, 1).reshape(-1, *c.shape)
 
 
-def _step_by_step(log_f: Array, update: Array, c: Array) -> Array:
-    def step(c: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+def _step_by_step(f: Array, update: Array, c: Array) -> Array:
+    def step(c: Array, inputs: State) -> tuple[Array, Array]:
         f, update = inputs
         c = f * c + update
         return c, c
 
-    return jax.lax.scan(step, c, (jnp.exp(log_f), update))[1]
+    return jax.lax.scan(step, c, (f, update))[1]
 
 
-def _in_passes(log_f: Array, update: Array, c: Array) -> Array:
+def _in_passes(f: Array, update: Array, c: Array) -> Array:
     def compose(first: State, then: State) -> State:
         return first[0] * then[0], then[0] * first[1] + then[1]
 
-    decay, cells = jax.lax.associative_scan(compose, (jnp.exp(log_f), update))
+    decay, cells = jax.lax.associative_scan(compose, (f, update))
     return decay * c + cells
 
 
@@ -162,7 +163,7 @@ class QuasiLSTM(nnx.Module):
     Args:
       features: size of input and output.
       heads, head_dim: number and size of the heads; their product need not be `features`.
-      block_length, implementation: as for `quasi_lstm`. Default: blocks of 16 steps.
+      block_length, implementation: as for `quasi_lstm`.
       dtype, param_dtype: types to compute in and of the parameters.
       rngs: source of the `params` key.
 
@@ -189,7 +190,7 @@ class QuasiLSTM(nnx.Module):
         head_dim: int,
         *,
         block_length: int = 16,
-        implementation: Literal["block", "scan", "associative"] = "block",
+        implementation: Implementation | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -241,7 +242,7 @@ class QuasiLSTMBlock(nnx.Module):
       heads, head_dim: number and size of the heads.
       num_layers: N, blocks of the model: what writes the output of the feed-forward network starts
         normal of deviation 0.02 / √(2N), all other kernels with 0.02.
-      block_length, implementation: as for `quasi_lstm`. Default: blocks of 16 steps.
+      block_length, implementation: as for `quasi_lstm`.
       dtype, param_dtype: types to compute in and of the parameters.
       rngs: source of the `params` key.
 
@@ -269,7 +270,7 @@ class QuasiLSTMBlock(nnx.Module):
         *,
         num_layers: int,
         block_length: int = 16,
-        implementation: Literal["block", "scan", "associative"] = "block",
+        implementation: Implementation | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,

@@ -203,7 +203,7 @@ def ghost_batch_norm(
     wide = checked_batch(x, _fields(state), epsilon=epsilon)
     batch, *others = wide.shape
     size = min(ghost_batch_size, batch) if axis_name is None else ghost_batch_size
-    if batch % size:
+    if not isinstance(size, int) or batch % size:
         raise ValueError(
             f"ghost_batch_size must divide the batch of {batch} examples, got {ghost_batch_size}"
         )
@@ -288,8 +288,7 @@ def estimated_batch_norm(
     wide = checked_batch(x, _fields(state), epsilon=epsilon, where=where)
     check_interval(0, 1, rate=rate)
     if training:
-        still = jax.lax.stop_gradient(wide)
-        _, mean, variance = batch_moments(still, where=where, axis_name=axis_name)
+        _, mean, variance = batch_moments(wide, where=where, axis_name=axis_name)
         around_old = variance + jnp.square(mean - state.mean)
         admitted = any_admitted(wide, where, axis_name)
         state = _advance(state, mean, around_old, rate, admitted)

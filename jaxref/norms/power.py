@@ -195,7 +195,7 @@ def power_norm(
     entries = count_entries(wide, where, axis_name)
     mean_square = entries.mean(jnp.square(jax.lax.stop_gradient(wide)), axis_name)
     seen = entries.number > 0
-    current = jnp.where(seen & (step <= warmup_steps), mean_square, running)
+    current = jnp.where(step <= warmup_steps, mean_square, running)
     x_hat = _power_normalise(
         wide,
         summed_over_shards(state.nu, wide, axis_name),
@@ -241,7 +241,6 @@ def _power_normalise_backward(axis_name: Any, kept: tuple[Any, ...], g: Array) -
     gamma = entries.mean(jnp.square(x_hat), axis_name)
     lambda_ = entries.mean(g * x_hat, axis_name)
     following = nu * (1 - (1 - alpha) * gamma) + (1 - alpha) * lambda_
-    following = jnp.where(entries.number > 0, following, nu)
     return dx, (following / entries.shards).astype(nu.dtype), None, None, None
 
 

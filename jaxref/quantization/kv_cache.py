@@ -83,8 +83,8 @@ def staircase_bits(num_blocks: int, bits: tuple[int, ...] = (16, 8, 4, 2)) -> tu
       >>> staircase_bits(5)
       (8, 4, 2, 2, 2)
 
-    Reference: "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in
-    Generative AI", 2024, arXiv:2410.18441.
+    Reference: Li, "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering
+    in Generative AI", 2024, arXiv:2410.18441.
     """
     check_interval(0, jnp.inf, num_blocks=num_blocks)
     _check_bits(bits)
@@ -134,9 +134,9 @@ def staircase_cache_init(
       >>> 2 * 2 * 1024 * 64 / staircase_cache_nbytes(cache) > 3.5  # of 16 bits each
       True
 
-    Reference: "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in
-    Generative AI", 2024, arXiv:2410.18441; groups after Liu et al., "KIVI: A Tuning-Free Asymmetric
-    2bit Quantization for KV Cache", 2024, arXiv:2402.02750.
+    Reference: Li, "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering
+    in Generative AI", 2024, arXiv:2410.18441; groups after Liu et al., "KIVI: A Tuning-Free
+    Asymmetric 2bit Quantization for KV Cache", 2024, arXiv:2402.02750.
     """
     check_interval(1, jnp.inf, batch=batch, max_length=max_length, kv_heads=kv_heads)
     check_interval(1, jnp.inf, head_dim=head_dim, block=block)
@@ -204,8 +204,8 @@ def staircase_cache_append(
       >>> print(cache.lengths, staircase_cache_read(cache)[0].ravel())
       [3] [0. 1. 2. 0. 0. 0. 0. 0.]
 
-    Reference: "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in
-    Generative AI", 2024, arXiv:2410.18441.
+    Reference: Li, "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering
+    in Generative AI", 2024, arXiv:2410.18441.
     """
     check_floating(key=key, value=value)
     batch, block, kv_heads, head_dim = cache.residual[0].shape
@@ -255,8 +255,8 @@ def staircase_cache_read(cache: StaircaseCache) -> tuple[Array, Array]:
       >>> [x.shape for x in staircase_cache_read(cache)]
       [(2, 16, 4, 8), (2, 16, 4, 8)]
 
-    Reference: "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in
-    Generative AI", 2024, arXiv:2410.18441.
+    Reference: Li, "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering
+    in Generative AI", 2024, arXiv:2410.18441.
     """
     batch, block, kv_heads, head_dim = cache.residual[0].shape
     num_blocks = -(-cache.max_length // block)
@@ -294,8 +294,8 @@ def staircase_cache_nbytes(cache: StaircaseCache) -> int:
       >>> staircase_cache_nbytes(staircase_cache_init(1, 8, 1, 4, block=4, bits=(16, 2)))
       276
 
-    Reference: "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in
-    Generative AI", 2024, arXiv:2410.18441.
+    Reference: Li, "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering
+    in Generative AI", 2024, arXiv:2410.18441.
     """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 

@@ -140,15 +140,16 @@ class TestMemory:
 
 
 class TestTransformationsAndEdges:
-    def test_vmap_and_sharding_over_the_batch(self):
-        arrays = random_inputs(batch=8)
+    def test_vmap_and_sharding_over_batch_and_heads(self):
+        arrays = random_inputs(batch=8, heads=16, kv_heads=8)
         attend = jax.jit(lambda *a: probabilistic_block_attention(*a, key_rng=KEY, block_size=2))
         expected = attend(*arrays)
         mapped = jax.vmap(lambda *a: attend(*(x[None] for x in a))[0])
         np.testing.assert_allclose(mapped(*arrays), expected, rtol=1e-5, atol=1e-6)
-        sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
-        ours = attend(*(jax.device_put(x, sharding) for x in arrays))
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+        mesh = jax.make_mesh((8,), ("devices",))
+        for spec in (PartitionSpec("devices"), PartitionSpec(None, None, "devices")):
+            placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays]
+            np.testing.assert_allclose(attend(*placed), expected, rtol=1e-5, atol=1e-6)
 
     def test_huge_and_masked_inputs_have_finite_gradients(self):
         query, key, value = random_inputs()

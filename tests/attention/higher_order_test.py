@@ -182,8 +182,8 @@ class NumbersTest(chex.TestCase):
 class TestClaims:
     @pytest.mark.claim("kronecker-tensor-attention")
     def test_finds_triples_that_pairs_do_not_show_and_is_linear_for_small_entries(self):
-        """At a large scale one layer tells whether x_i + y_j + z_k = 0 modulo M for some pair, where
-        attention over single keys of the same features does no better than chance."""
+        """At a large scale one layer tells whether x_i + x_j + x_k = 0 modulo M for some pair of
+        keys, where attention over single keys of the same features hardly beats a guess."""
         modulus, length, rng = 11, 4, np.random.default_rng(0)
         values = rng.integers(0, modulus, size=(400, length))
         sums = values[:, :1, None] + values[:, :, None] + values[:, None]  # for the first token
@@ -302,10 +302,10 @@ class TestTransformationsAndEdges:
             third_order_attention(*grouped)
         with pytest.raises(ValueError, match="degree must be even"):
             approximate_third_order_attention(*arrays, degree=3)
-        with pytest.raises(ValueError, match="mask1 must have .*the same for every query"):
+        with pytest.raises(ValueError, match=r"mask1 must have .*the same for every query"):
             approximate_third_order_attention(*arrays, mask1=np.ones((3, 5), bool))
         wide = [jax.ShapeDtypeStruct((1, 64, 1, 256), jnp.float32)] * 5
-        with pytest.raises(ValueError, match="degree 4 takes .* features"):
+        with pytest.raises(ValueError, match=r"degree 4 takes .* features"):
             jax.eval_shape(approximate_third_order_attention, *wide)
         with pytest.raises(ValueError, match="keys, values and masks must be as many"):
             higher_order_attention(arrays[0], arrays[1:3], arrays[3:4])

@@ -42,7 +42,7 @@ class TestStepsForComputeClass:
 
     def test_does_not_lose_a_step_to_rounding(self):
         assert steps_for_compute_class(10, 0.7, 1, 1) == 25200
-        assert steps_for_compute_class(0.1, 3, 1, 1) == 1080
+        assert steps_for_compute_class(0.7, 0.1, 1, 1) == 252  # 251.99999999999997 in binary
         assert steps_for_compute_class(1, 1, 3601, 1) == 0
 
     def test_bad_input_is_named(self):

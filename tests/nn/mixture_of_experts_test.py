@@ -119,7 +119,8 @@ class RouterTest(chex.TestCase):
         for i, slope in enumerate((ours[0], ours[2], ours[1].down)):
             direction = np.random.default_rng(i).normal(size=slope.shape)
             ends = [
-                [a + 1e-6 * s * direction * (i == j) for j, a in enumerate(point)] for s in (1, -1)
+                [a + step * direction if i == j else a for j, a in enumerate(point)]
+                for step in (1e-6, -1e-6)
             ]
             difference = (loss64(*ends[0]) - loss64(*ends[1])) / 2e-6
             np.testing.assert_allclose(np.sum(slope * direction), difference, rtol=1e-3, atol=1e-4)

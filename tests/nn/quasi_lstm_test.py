@@ -71,7 +71,7 @@ class NumbersTest(chex.TestCase):
         np.testing.assert_array_equal(last_h, h[:, -1])
 
     def test_block_matches_the_authors_on_two_segments(self):
-        block = oracle_block(block_length=4)
+        block = oracle_block(block_length=4, implementation="block")
 
         @nnx.jit
         def run(block, x):
@@ -115,13 +115,13 @@ class TestClaims:
 
         expected = value_and_gradients(implementation="scan")
         for options in (
-            *({"block_length": length} for length in (1, 4, 12)),
+            *({"block_length": k, "implementation": "block"} for k in (1, 4, 12)),
             {"implementation": "associative"},
         ):
             chex.assert_trees_all_close(
                 value_and_gradients(**options), expected, rtol=1e-4, atol=1e-5
             )
-        run = jax.jit(lambda *a: quasi_lstm(*a, block_length=3))
+        run = jax.jit(lambda *a: quasi_lstm(*a, block_length=3, implementation="block"))
         first, middle = run(*(x[:, :6] for x in logits), state)
         second, last = run(*(x[:, 6:] for x in logits), middle)
         np.testing.assert_allclose(

@@ -160,8 +160,8 @@ class TestGlobalStatistics:
 
     @EACH_NORM
     def test_values_and_gradients_are_those_of_the_whole_batch(self, norm):
-        x, state, scale, bias = random_batch((16, 3, 4))
-        weights = random_batch((16, 3, 4), seed=1)[0]
+        x, state, scale, bias = random_batch((32, 3, 4))  # two ghost batches to a device
+        weights = random_batch((32, 3, 4), seed=1)[0]
         mesh, names = jax.make_mesh((4, 2), ("data", "fsdp")), ("data", "fsdp")
 
         def results(run, x):
@@ -361,6 +361,8 @@ class TestBadInput:
         x, state, _, bias = random_batch()
         with pytest.raises(ValueError, match=r"ghost_batch_size must divide the batch of 8 exampl"):
             norms.ghost_batch_norm(x, state, training=True, ghost_batch_size=3)
+        with pytest.raises(ValueError, match=r"ghost_batch_size must divide .* got 2.0"):
+            norms.ghost_batch_norm(x, state, training=True, ghost_batch_size=2.0)
         with pytest.raises(ValueError, match="ghost_batch_size must be in"):
             norms.ghost_batch_norm(x, state, training=True, ghost_batch_size=0)
         with pytest.raises(ValueError, match="ghost_batch_size must divide the batch of 2 exampl"):

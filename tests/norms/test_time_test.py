@@ -49,12 +49,11 @@ class NumbersTest(chex.TestCase):
         for name, gradient in zip(("x", "0", "1"), gradients):
             assert_close(gradient, TORCH[f"alpha_grad_{name}"])
 
-    @chex.variants(with_jit=True, without_jit=True)
     def test_unmix_tns_matches_the_authors(self):
         state = UnMixState(TORCH["unmix_means"], TORCH["unmix_variances"])
         f = lambda x, *p: norms.unmix_tns(x, state, *p, momentum=0.2, epsilon=1e-3)
 
-        @self.variant
+        @jax.jit
         def ours(*arguments):
             y, vjp, after = jax.vjp(f, *arguments, has_aux=True)
             return y, vjp(TORCH["cotangent"]), after
@@ -83,6 +82,7 @@ class NumbersTest(chex.TestCase):
         """Each M_bk, S_bk from a sample of a component beside the example's positions."""
         x, state, *_ = random_batch((2, 5, 4), components=2)
         m, cosine = x.mean(1), lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        y, _ = norms.unmix_tns(x, state, momentum=0.1, cross_variance=True)
         for b in range(2):
             p = jax.nn.softmax(np.array([cosine(m[b], mu) for mu in state.means]) / 0.07)
             spread = np.sqrt(state.variances)
@@ -93,7 +93,6 @@ class NumbersTest(chex.TestCase):
                 for k, (mu, s) in enumerate(zip(state.means, spread))
             ]
             mean, second = (parts[0] + parts[1]) / 2, (parts[2] + parts[3]) / 2
-            y, _ = norms.unmix_tns(x, state, momentum=0.1, cross_variance=True)
             assert_close(y[b], (x[b] - mean) / np.sqrt(second - mean**2 + 1e-5), rtol=1e-3)
 
 
@@ -101,7 +100,7 @@ DIGITS = load_digits()
 WIDTH, BATCH = 32, 16
 
 
-def features_of(params, x, states, norm):
+def logits_of(params, x, states, norm):
     """Logits of images whose rows are positions, and the states of the two norms."""
     after = []
     for layer, state in zip(("0", "1"), states):
@@ -129,7 +128,7 @@ def trained():
 
         def loss(params):
             norm = partial(norms.batch_norm, training=True)
-            logits, after = features_of(params, images[:1200][batch], states, norm)
+            logits, after = logits_of(params, images[:1200][batch], states, norm)
             targets = labels[:1200][batch]
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), after
 
@@ -148,7 +147,7 @@ def accuracy(params, states, images, labels, norm, batch=BATCH):
     """Of a stream in the order given, in batches, the norms' states carried along."""
 
     def step(states, x):
-        logits, states = features_of(params, x, states, norm)
+        logits, states = logits_of(params, x, states, norm)
         return states, logits.argmax(-1)
 
     stream = images.reshape(-1, batch, 8, 8)
@@ -167,7 +166,7 @@ def alpha_norm(alpha):
 class TestClaims:
     @pytest.mark.claim("alpha-bn-core")
     def test_between_source_and_batch_statistics_there_is_better_than_either(self, trained):
-        """Both ends are the known norms; brighter digits, four at a time, are read best between."""
+        """Both ends are the known norms; brighter digits, one at a time, are read best between."""
         x, _, scale, bias = random_batch()
         state = norms.BatchNormState(*np.float32([[1, 0, -2, 5], [1, 2, 0.1, 3]]))
         ends = {alpha: alpha_norm(alpha)(x, state, scale=scale, bias=bias)[0] for alpha in (0.0, 1)}
@@ -176,11 +175,11 @@ class TestClaims:
             assert_close(y, usual)
         params, states, images, labels = trained
         of_alpha = {
-            alpha: accuracy(params, states, images + 0.2, labels, alpha_norm(alpha), batch=4)
+            alpha: accuracy(params, states, images + 0.2, labels, alpha_norm(alpha), batch=1)
             for alpha in (0.0, 0.5, 1.0)
         }
         assert accuracy(params, states, images, labels, alpha_norm(1.0)) > 0.9
-        assert of_alpha[0.5] > max(of_alpha[0.0], of_alpha[1.0]) + 0.02
+        assert of_alpha[0.5] > max(of_alpha[0.0], of_alpha[1.0]) + 0.03
 
     @pytest.mark.claim("unmix-tns")
     def test_a_stream_sorted_by_class_is_read_as_well_as_a_shuffled_one(self, trained):
@@ -234,10 +233,11 @@ class TestClaims:
     def test_a_repeated_batch_draws_the_components_to_it(self):
         x, state, *_ = random_batch((1, 5, 4))
         m, v = x.mean(1), x.var(1)
+        step = jax.jit(lambda state: norms.unmix_tns(x, state, momentum=0.5, temperature=1.0)[1])
         distances = []
-        for _ in range(20):
-            distances.append([np.abs(state.means - m).max(), np.abs(state.variances - v).max()])
-            _, state = norms.unmix_tns(x, state, momentum=0.5)
+        for _ in range(10):
+            distances.append([np.abs(state.means - m), np.abs(state.variances - v)])
+            state = step(state)
         assert np.all(np.diff(distances, axis=0) < 0)
 
     def test_momentum_forgets_as_fast_in_parts(self):
@@ -289,13 +289,12 @@ class TestEdges:
         for k in (1, 3):
             state = UnMixState(state.means[:k], state.variances[:k])
             f = lambda x: norms.unmix_tns(x, state, scale, bias, momentum=0.1, epsilon=epsilon)
-            (y, vjp), after = jax.vjp(lambda x: f(x)[0], x), f(x)[1]
-            chex.assert_tree_all_finite((y, vjp(np.ones_like(x)), after))
+            jacobian = jax.jit(jax.jacrev(lambda x: f(x)[0]))
+            chex.assert_tree_all_finite((f(x), jacobian(x)))
         zero = np.zeros(4, "f")
         f = lambda x: norms.alpha_batch_norm(x, zero, zero, scale, bias, alpha=0.0, epsilon=epsilon)
-        y, vjp = jax.vjp(f, x)
-        np.testing.assert_array_equal(y, bias[None, None])
-        chex.assert_tree_all_finite(vjp(np.ones_like(x)))
+        np.testing.assert_array_equal(f(x), bias[None, None])
+        chex.assert_tree_all_finite(jax.jit(jax.jacrev(f))(x))
 
     def test_components_at_zero_have_no_direction(self):
         x, state, *_ = random_batch()
@@ -321,9 +320,9 @@ class TestEdges:
     def test_the_state_carries_no_gradient_and_vmap(self):
         x, state, *_ = random_batch((4, 3, 4))
         total = lambda x: sum(map(jnp.sum, norms.unmix_tns(x, state, momentum=0.1)[1]))
-        np.testing.assert_array_equal(jax.grad(total)(x), 0)
-        f = lambda x: norms.unmix_tns(x[None], state, momentum=0.1)[0][0]
-        assert_close(jax.vmap(f)(x), norms.unmix_tns(x, state, momentum=0.1)[0])
+        np.testing.assert_array_equal(jax.jit(jax.grad(total))(x), 0)
+        f = jax.jit(lambda x: norms.unmix_tns(x, state, momentum=0.1)[0])
+        assert_close(jax.jit(jax.vmap(lambda x: f(x[None])[0]))(x), f(x))
 
 
 class TestBadInput:

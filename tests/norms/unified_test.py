@@ -116,6 +116,19 @@ class TestClaims:
         excess = pair.mean(1) - np.sqrt(pair.prod(1))
         np.testing.assert_allclose(excess, 2 * np.sqrt(pair).var(1), rtol=1e-6, atol=1e-9)
 
+    @pytest.mark.parametrize(("excess", "skipped"), [(0.75, 0), (1.2, 1)])
+    def test_the_bound_by_hand(self, excess, skipped):
+        """Of the window (4, 1): 2 Var(2, 1) = 1, with the unbiased variance; of (q, 1):
+        AM - GM = (√q - 1)² / 2."""
+        state = unified_norm_init(1, (2, 2))._replace(
+            step=jnp.int32(99), x2_buffer=jnp.array([[4.0], [1.0]])
+        )
+        x = np.full((3, 1), 1 + np.sqrt(2 * excess), np.float32)
+        _, state = unified_norm(x, state, training=True, warmup_steps=100, outlier_filtration=True)
+        assert state.skipped == skipped
+        stored = 1 if skipped else x[0, 0] ** 2  # running_var, or q
+        np.testing.assert_allclose(state.x2_buffer[:, 0], [stored, 1], rtol=1e-6)
+
     def test_windows_of_one_step_give_the_exact_gradient(self):
         x, cotangent, scale, bias = random((6, 3)), random((6, 3), 1), random(3, 2), random(3, 3)
         state = unified_norm_init(3, (1, 1))._replace(step=jnp.int32(5000))

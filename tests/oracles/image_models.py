@@ -235,17 +235,20 @@ def make_nf_resnet():
         std_conv_eps=1e-12,
         skipinit=True,
         act_layer="relu",
+        gamma_in_act=True,  # as in the authors' code: stem and head have it in the right places
     )
+    nfnet._nonlin_gamma["relu"] = np.sqrt(2 / (1 - 1 / np.pi))  # timm's is an estimate
+    # timm's multiplies in place what the gradient of ReLU needs
+    nfnet.GammaAct.forward = lambda self, x: self.act_fn(x) * self.gamma
     model = nfnet.NormFreeNet(config, num_classes=5)
     model.stem.pool = timm.layers.create_pool2d("max", 3, 2, padding="same")
-    gamma = nfnet._nonlin_gamma["relu"]
     layer = timm.layers.ScaledStdConv2dSame
-    model.stem.conv = layer(3, 4, 7, 2, bias=False, gamma=gamma, eps=1e-12)
+    model.stem.conv = layer(3, 4, 7, 2, bias=False, eps=1e-12)
     sizes = iter([(4, 16, 1), None, (16, 32, 2)])
     for block in [block for stage in model.stages for block in stage]:
         size = next(sizes)
         if size is not None:
-            block.downsample = layer(*size[:2], 1, size[2], gamma=gamma, eps=1e-12)
+            block.downsample = layer(*size[:2], 1, size[2], eps=1e-12)
     return model
 
 

@@ -280,6 +280,7 @@ def plot_depth_statistics(curves: Mapping[str, DepthStatistics], *, ax: Any = No
     for name, statistics in curves.items():
         ax.plot(np.asarray(statistics.variance), label=name)
     ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("blocks passed")
     ax.set_ylabel("variance of the stream")
     ax.legend(frameon=False)

@@ -130,6 +130,7 @@ def plot_signal_propagation(curves: Mapping[str, SignalPropagation], *, ax: Any 
         drawn = np.concatenate([*lines.values()])
         if drawn.max() > 100 * drawn.min() > 0:
             panel.set_yscale("log")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_title(title)
         panel.set_xlabel("block")
     axes[0].legend(frameon=False)

@@ -34,7 +34,8 @@ class TestPreLnVarianceGrowth:
 
     def test_is_linear_in_depth_and_with_scaling_logarithmic(self):
         assert pre_ln_variance_growth(64, 1.0)[-1] == 65
-        np.testing.assert_allclose(pre_ln_variance_growth(64, 1.0, scaling=True)[-1], 5.7439, atol=1e-4)
+        scaled = pre_ln_variance_growth(64, 1.0, scaling=True)
+        np.testing.assert_allclose(scaled[-1], 5.7439, atol=1e-4)
 
     def test_bad_input_is_named(self):
         with pytest.raises(ValueError, match="depth must be in"):
