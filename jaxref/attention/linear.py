@@ -84,7 +84,7 @@ def linear_attention(
       TypeError: an array that is not floating point, or a `mask` that is not boolean.
 
     Use it for sequences so long that the square of weights of `dot_product_attention` costs too
-    much, from about twice `head_dim` on. Its weights are less sharp than a softmax.
+    much: several times `head_dim`. Its weights are less sharp than those of a softmax.
 
     Example:
       >>> x = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)

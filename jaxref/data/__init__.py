@@ -1,8 +1,16 @@
 """Data: what is trained on, made or changed, as pure functions with explicit keys."""
 
 from jaxref.data.in_context import InContextPrompts, linear_regression_prompts
+from jaxref.data.tokenization import (
+    Segmentation,
+    build_subword_vocabulary,
+    maximum_likelihood_segmentation,
+)
 
 __all__ = [
     "InContextPrompts",
     "linear_regression_prompts",
+    "maximum_likelihood_segmentation",
+    "build_subword_vocabulary",
+    "Segmentation",
 ]

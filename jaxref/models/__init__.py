@@ -37,7 +37,7 @@ from jaxref.models.gpt2 import gpt2_config, load_gpt2, save_safetensors
 from jaxref.models.growth import grow_transformer, pad_kernel, rescale_norm_for_padding
 from jaxref.models.nf_resnet import NFResNet, NFResNetConfig
 from jaxref.models.resnet import ResNet, ResNetConfig
-from jaxref.models.tinynet import TinyNet, TinyNetConfig, tinynet
+from jaxref.models.tinynet import TinyNet, TinyNetConfig, tinynet_config
 from jaxref.models.tokenizers import ConvTokenizer, TextTokenizer
 from jaxref.models.transformer import GenerationCache, Transformer, TransformerConfig
 from jaxref.models.vit import VisionTransformer, VisionTransformerConfig
@@ -87,7 +87,7 @@ __all__ = [
     "NFResNetConfig",
     "TinyNet",
     "TinyNetConfig",
-    "tinynet",
+    "tinynet_config",
     "TINYNET_ANCHORS",
     "Multipliers",
     "tiny_formula",

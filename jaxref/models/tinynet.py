@@ -77,7 +77,7 @@ class TinyNetConfig:
             raise ValueError("stages must have at least one entry, got none")
 
 
-def tinynet(variant: str, **options: Any) -> TinyNetConfig:
+def tinynet_config(variant: str, **options: Any) -> TinyNetConfig:
     """The configuration of TinyNet-A to -E.
 
     Args:
@@ -93,7 +93,7 @@ def tinynet(variant: str, **options: Any) -> TinyNetConfig:
     For any other number of operations, `tiny_formula` gives the multipliers.
 
     Example:
-      >>> config = tinynet("e", num_classes=1000)
+      >>> config = tinynet_config("e", num_classes=1000)
       >>> config.image_shape, config.depth, config.width
       ((106, 106, 3), 0.6, 0.51)
 
@@ -117,14 +117,14 @@ class TinyNet(nnx.Module):
     by what two linear maps make of their means. Blocks that change the shape have no shortcut.
 
     Args:
-      config: its parts and sizes; `tinynet("a", num_classes=1000)` and the like are the paper's.
+      config: its parts and sizes; those of the paper come from `tinynet_config`.
       rngs: source of the `params` key.
 
     `train()` and `eval()` say whether norms use the batch's statistics and move theirs. Use it
     where operations and memory are few; `ResNet` is quicker for its operations on large devices.
 
     Example:
-      >>> config, images = tinynet("e", num_classes=10), jnp.ones((2, 106, 106, 3))
+      >>> config, images = tinynet_config("e", num_classes=10), jnp.ones((2, 106, 106, 3))
       >>> nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))(images)).shape
       (2, 10)
 

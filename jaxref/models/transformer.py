@@ -315,34 +315,25 @@ class Transformer(nnx.Module):
             or source that the architecture does not have, or lacks.
           TypeError: tokens that are not integers.
         """
-        self._check_tokens("tokens", tokens)
-        self._check_asked("prefix_lengths", prefix_lengths, "prefix")
-        self._check_asked("source", source, "encoder_decoder")
-        if where is not None:
-            check_shape(tokens.shape, where=where)
-        decoder_key, source_key = (None, None)
-        if key is not None:
-            decoder_key, source_key = key, jax.random.fold_in(key, 1)
-        memory, memory_mask = None, None
-        if source is not None:
-            memory, memory_mask = self.encode(source, key=source_key, where=source_where)
-        if prefix_lengths is not None:
-            seen = _prefix_mask(tokens.shape, prefix_lengths)
-            mask = seen if mask is None else mask & seen
-        is_causal = self.config.architecture in ("decoder", "encoder_decoder")
-        x = self._embedded(tokens, where=where)
-        x = self._through(
-            self.blocks,
-            x,
-            tokens.shape,
-            decoder_key,
-            where,
+        x, _ = self._passed(
+            tokens,
+            key=key,
             mask=mask,
-            is_causal=is_causal,
-            memory=memory,
-            memory_mask=memory_mask,
+            where=where,
+            prefix_lengths=prefix_lengths,
+            source=source,
+            source_where=source_where,
         )
         return self._finished(x, self.final_norm, tokens.shape, where)
+
+    def states(self, tokens: Array, **kwargs: Any) -> Array:
+        """The stream before the first block and after each, as `jaxref.analysis` reads it.
+
+        Returns:
+          `[num_layers + 1, batch, length, features]`, of stacked layers too. `hidden` is the last
+          of these after the final norm, where there is one; arguments and errors are as there.
+        """
+        return self._passed(tokens, keep=True, **kwargs)[1]
 
     def encode(
         self, source: Array, *, key: Array | None = None, where: Array | None = None
@@ -361,7 +352,7 @@ class Transformer(nnx.Module):
         if where is not None:
             check_shape(source.shape, source_where=where)
         x = self._embedded(source, where=where)
-        x = self._through(self.encoder, x, source.shape, key, where)
+        x, _ = self._through(self.encoder, x, source.shape, key, where)
         mask = None if where is None else where[:, None, None, :]
         return self._finished(x, self.source_norm, source.shape, where), mask
 
@@ -511,6 +502,48 @@ class Transformer(nnx.Module):
                 f"{self.config.architecture!r}"
             )
 
+    def _passed(
+        self,
+        tokens: Array,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+        where: Array | None = None,
+        prefix_lengths: Array | None = None,
+        source: Array | None = None,
+        source_where: Array | None = None,
+        keep: bool = False,
+    ) -> tuple[Array, Any]:
+        """The stream after all blocks, and `states` if they are to be kept; see `hidden`."""
+        self._check_tokens("tokens", tokens)
+        self._check_asked("prefix_lengths", prefix_lengths, "prefix")
+        self._check_asked("source", source, "encoder_decoder")
+        if where is not None:
+            check_shape(tokens.shape, where=where)
+        decoder_key, source_key = (None, None)
+        if key is not None:
+            decoder_key, source_key = key, jax.random.fold_in(key, 1)
+        memory, memory_mask = None, None
+        if source is not None:
+            memory, memory_mask = self.encode(source, key=source_key, where=source_where)
+        if prefix_lengths is not None:
+            seen = _prefix_mask(tokens.shape, prefix_lengths)
+            mask = seen if mask is None else mask & seen
+        is_causal = self.config.architecture in ("decoder", "encoder_decoder")
+        x = self._embedded(tokens, where=where)
+        return self._through(
+            self.blocks,
+            x,
+            tokens.shape,
+            decoder_key,
+            where,
+            mask=mask,
+            is_causal=is_causal,
+            memory=memory,
+            memory_mask=memory_mask,
+            keep=keep,
+        )
+
     def _embedded(
         self, tokens: Array, positions: Array | None = None, *, where: Array | None = None
     ) -> Array:
@@ -535,17 +568,23 @@ class Transformer(nnx.Module):
         where: Array | None,
         *,
         mask: Array | None = None,
+        keep: bool = False,
         **kwargs: Any,
-    ) -> Array:
+    ) -> tuple[Array, Any]:
         if where is not None:
             mask = where[:, None, None, :] if mask is None else mask & where[:, None, None, :]
             kwargs["where"] = _rows(where)
 
-        def call(block: Block, x: Array, key: Any, index: Any, _: None) -> tuple[Array, None]:
-            return block(x, key, index, shape, mask=mask, **kwargs), None
+        def call(block: Block, x: Array, key: Any, index: Any, _: None) -> tuple[Array, Any]:
+            x = block(x, key, index, shape, mask=mask, **kwargs)
+            return x, x if keep else None
 
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
-        return run_blocks(blocks, x, call, keys=keys, remat=self.config.remat)[0]
+        last, after = run_blocks(blocks, x, call, keys=keys, remat=self.config.remat)
+        if not keep:
+            return last, None
+        states = jnp.concatenate([x[None], *(layers.reshape(-1, *x.shape) for layers in after)])
+        return last, states.reshape(-1, *shape, x.shape[-1])
 
     def _finished(
         self, x: Array, norm: Norm | None, shape: tuple[int, ...], where: Array | None = None

@@ -78,7 +78,7 @@ def magnitude_invariant_encoding(
         raise ValueError(f"mode must be 'cos_sin', 'complement' or None, got {mode!r}")
     if strict:
         check_interval(0, 1, z=z)
-    elif not isinstance(z, jax.core.Tracer) and bool(jnp.any((z < 0) | (z > 1))):
+    elif not isinstance(z, jax.core.Tracer) and _leaves_unit_interval(np.asarray(z)):
         warnings.warn("z has values outside of [0, 1]: rescale them", stacklevel=2)
     if mode == "complement":
         return jnp.concatenate([z, 1 - z], axis=-1)
@@ -278,6 +278,10 @@ class HyperNetwork(nnx.Module):
             activation=self.activation,
             strict=self.strict,
         )
+
+
+def _leaves_unit_interval(z: np.ndarray) -> bool:
+    return bool(np.any((z < 0) | (z > 1)))
 
 
 def _is_shape(leaf: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,15 +112,15 @@ def load_images(
     Args:
       name: the source of the images, as above.
       validation_fraction: in (0, 1), the share of images to hold out where they come unsplit: every
-        1 / fraction-th one, so that both parts see the whole of the order.
+        1 / fraction-th one of each class, so that both parts see the whole of the order.
       vocab_size, text: what belongs to text; ignored.
 
     Returns:
       The `ImageSet`.
 
     Raises:
-      ValueError: a name of neither form, a fraction out of range, or a file that is not in idx
-        format, or whose numbers of images and labels differ.
+      ValueError: a name of neither form, a fraction out of range, a file that is damaged or not in
+        idx format, or numbers of images and labels, or shapes of images, that differ.
       FileNotFoundError: a file of the directory is missing.
       ImportError: `digits` without scikit-learn.
 
@@ -139,6 +140,11 @@ def load_images(
         images, labels = _idx_pair(directory, "train")
         if _idx_file(directory, "t10k-images-idx3-ubyte").is_file():
             parts = (images, labels, *_idx_pair(directory, "t10k"))
+            if parts[2].shape[1:] != images.shape[1:]:
+                raise ValueError(
+                    f"{directory}: the t10k images must have the shape of the train images, "
+                    f"{images.shape[1:]}, got {parts[2].shape[1:]}"
+                )
         else:
             parts = _split(images, labels, validation_fraction)
         description = f"images of {where}"
@@ -174,9 +180,9 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(images: np.ndarray, labels: np.ndarray, fraction: float) -> tuple[np.ndarray, ...]:
-    held_out = np.floor(np.arange(1, len(labels) + 1) * fraction) > np.floor(
-        np.arange(len(labels)) * fraction
-    )
+    quota = np.floor(np.arange(len(labels) + 1) * fraction)
+    held_out = np.zeros(len(labels), bool)
+    held_out[np.argsort(labels, kind="stable")] = quota[1:] > quota[:-1]
     if held_out.all() or not held_out.any():
         raise ValueError(
             f"validation_fraction must leave images on both sides of {len(labels)}, got {fraction}"
@@ -197,21 +203,24 @@ def _idx_pair(directory: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _idx_file(directory: Path, name: str) -> Path:
     """The file, or its gzipped form where only that exists."""
-    gzipped = directory / f"{name}.gz"
-    return gzipped if gzipped.is_file() else directory / name
+    plain, gzipped = directory / name, directory / f"{name}.gz"
+    return gzipped if gzipped.is_file() and not plain.is_file() else plain
 
 
 def _read_idx(path: Path) -> np.ndarray:
     """An array in the idx format: two zero bytes, type, number of axes, sizes, entries."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} (nor {path.name}.gz)")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        content = file.read()
-    if len(content) < 4 or content[:3] != bytes([0, 0, _IDX_UNSIGNED_BYTE]):
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    header = 4 + 4 * content[3] if len(content) > 3 else 4
+    if content[:3] != bytes([0, 0, _IDX_UNSIGNED_BYTE]) or len(content) < header:
         raise ValueError(f"{path} is not an idx file of unsigned bytes")
-    header = 4 + 4 * content[3]
-    shape = tuple(np.frombuffer(content[4:header], ">i4").tolist())
+    shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
     if len(content) != header + math.prod(shape):
         raise ValueError(
             f"{path} must hold {math.prod(shape)} entries of shape {shape}, got "

@@ -345,24 +345,24 @@ def _outcome(data: Data) -> str:
 
 
 def _last_validation(workdir: Path, validation: Validation, state: TrainState) -> dict[str, float]:
-    metrics = read_metrics(workdir)
-    if not metrics:
-        return validation.measure(state)
+    """What the last record says, or where it is lost, what is measured anew."""
+    last = (read_metrics(workdir) or [{}])[-1]
     names = {"validation_loss": "loss", "validation_accuracy": "accuracy"}
-    return {short: metrics[-1][name] for name, short in names.items() if name in metrics[-1]}
+    measured = {short: last[name] for name, short in names.items() if name in last}
+    return measured if "loss" in measured else validation.measure(state)
 
 
 def _save_predictions(data: ImageSet, program: Program, state: TrainState, workdir: Path) -> Path:
     """Draws held-out images with what the model takes them for, its mistakes first."""
     params = state.params if state.average is None else state.average
-    model = program.model(params, state.model_state)
-    logits = jax.jit(lambda images: model(images))(data.validation_images[:1024])
-    return save_prediction_plot(
-        workdir,
-        data.validation_images[:1024],
-        data.validation_labels[:1024],
-        np.argmax(np.asarray(logits, np.float32), axis=-1),
-    )
+    images, labels = data.validation_images[:1024], data.validation_labels[:1024]
+
+    @jax.jit
+    def predict(params: Any, model_state: Any, images: Any) -> Any:
+        return program.model(params, model_state)(images).argmax(axis=-1)
+
+    predicted = np.asarray(predict(params, state.model_state, images))
+    return save_prediction_plot(workdir, images, labels, predicted)
 
 
 def _prompt(config: ConfigDict, corpus: Corpus) -> np.ndarray:

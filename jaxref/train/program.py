@@ -33,6 +33,10 @@ from jaxref.train.methods.frame import (
 )
 
 TokenLoss = Callable[[Any, Batch, Array], Array]
+Merge = Callable[[Params, ModelState], Any]
+
+NO_STATE = ModelState({}, {})
+"""What most models keep besides their parameters."""
 
 
 class TrainState(NamedTuple):
@@ -64,7 +68,7 @@ class Metrics(NamedTuple):
     """What a step reports: scalars.
 
     Attributes:
-      loss: mean of the training loss over the batch's tokens.
+      loss: mean of the training loss over the batch's tokens, or images.
       gradient_norm: global norm of the gradient, or of what the method puts in its place, before
         clipping.
     """
@@ -92,7 +96,9 @@ class Program(NamedTuple):
     """A run's functions and where its arrays live.
 
     Attributes:
-      graphdef: the model without its parameters; `nnx.merge(graphdef, params)` is the model.
+      graphdef: the model without its arrays; `nnx.merge(graphdef, params)` is the model, if it
+        keeps nothing besides.
+      merge: `merge(params, model_state) -> model`, in training.
       mesh: the devices.
       schedule: learning rate by step.
       state_shardings: `TrainState` of shardings.
@@ -105,6 +111,7 @@ class Program(NamedTuple):
     """
 
     graphdef: nnx.GraphDef
+    merge: Merge
     mesh: Mesh
     schedule: optax.Schedule
     state_shardings: TrainState
@@ -126,7 +133,7 @@ class Program(NamedTuple):
 
     def model(self, params: Params, model_state: ModelState | None = None) -> Any:
         """The model with these parameters, in evaluation."""
-        model = nnx.merge(self.graphdef, params, *(model_state or ()))
+        model = self.merge(params, model_state or NO_STATE)
         model.eval()
         return model
 
@@ -183,22 +190,26 @@ def build(
     def model(key: Array) -> nnx.Module:
         return model_config.build(rngs=nnx.Rngs(params=key))
 
-    graphdef, variables, backward, auxiliary, statistics = split_model(
-        nnx.eval_shape(lambda: model(jax.random.key(0)))
-    )
+    abstract = nnx.eval_shape(lambda: model(jax.random.key(0)))
+    graphdef, variables, backward, auxiliary, statistics = split_model(abstract)
     has_state = bool(jax.tree.leaves((backward, statistics)))
     owed = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.to_pure_dict(auxiliary))
+    _check_loss(config, abstract)
     losses = build_loss(config)
+
+    def merge(params: Params, model_state: ModelState) -> Any:
+        model: Any = nnx.merge(graphdef, params, *model_state, owed)
+        model.train()
+        return model
 
     def stateful_losses(
         params: Params, model_state: ModelState, batch: Batch, key: Array
     ) -> tuple[Array, Any]:
-        model: Any = nnx.merge(graphdef, params, *model_state, owed)
-        model.train()
+        model = merge(params, model_state)
         value = losses(model, batch, key)
         *_, auxiliary, statistics = split_model(model)
         for term in jax.tree.leaves(auxiliary):
-            value = value + term
+            value = value + jnp.sum(term)  # stacked layers owe one each
         return value, nnx.to_pure_dict(statistics)
 
     def check_stateless() -> None:
@@ -211,11 +222,17 @@ def build(
 
     def stateless_losses(params: Params, batch: Batch, key: Array) -> Array:
         check_stateless()
-        return stateful_losses(params, ModelState({}, {}), batch, key)[0]
+        return stateful_losses(params, NO_STATE, batch, key)[0]
 
     def logits(params: Params, batch: Batch, key: Array) -> Array:
         check_stateless()
-        return nnx.merge(graphdef, params, owed)(batch["inputs"], key=key)
+        if jax.tree.leaves(owed):
+            raise ConfigError(
+                f"optimizer.name={config.optimizer.name} reads logits and would leave out the "
+                f"auxiliary loss of model.name={config.model.name}; choose an optimizer of one "
+                "gradient"
+            )
+        return merge(params, NO_STATE)(batch["inputs"], key=key)
 
     problem = Problem(
         token_losses=stateless_losses,
@@ -248,7 +265,7 @@ def build(
     step = make_step(problem, method, average_decay=config.average_decay)
     replicated = NamedSharding(mesh, PartitionSpec())
     measure = jax.jit(
-        traced(partial(evaluate, graphdef)),
+        traced(partial(evaluate, merge)),
         in_shardings=(state_shardings.params, batch_sharding, state_shardings.model_state),
         out_shardings=replicated,
     )
@@ -256,10 +273,11 @@ def build(
     def evaluated(
         params: Params, batch: Batch, model_state: ModelState | None = None
     ) -> Evaluation:
-        return measure(params, batch, model_state or ModelState({}, {}))
+        return measure(params, batch, model_state or NO_STATE)
 
     return Program(
         graphdef=graphdef,
+        merge=merge,
         mesh=mesh,
         schedule=schedule,
         state_shardings=state_shardings,
@@ -303,6 +321,17 @@ def _build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
     return made(**sizes, dtype=jnp.dtype(config.dtype))
 
 
+def _check_loss(config: ConfigDict, model: Any) -> None:
+    """Raises where the loss reads what the model does not have."""
+    asked = inspect.signature(resolve(config, "loss")).parameters
+    if "hidden" in asked and not hasattr(model, "hidden"):
+        raise ConfigError(
+            f"loss.name={config.loss.name} reads the hidden states of a language model, and "
+            f"model.name={config.model.name} is none; choose a loss of logits, such as "
+            "softmax_cross_entropy_with_integer_labels"
+        )
+
+
 def build_schedule(config: ConfigDict) -> optax.Schedule:
     """The learning rate by step. Lengths that the section leaves out follow from the run's:
     `decay_steps` and `transition_steps` are its steps, `warmup_steps` a tenth of them."""
@@ -333,7 +362,7 @@ def build_method(config: ConfigDict, schedule: optax.Schedule, **given: Any) -> 
 
 
 def build_loss(config: ConfigDict) -> TokenLoss:
-    """The loss per token of a batch, by what the function asks for.
+    """The loss per token, or image, of a batch, by what the function asks for.
 
     A loss with an argument `hidden` reads hidden states and output matrix (the logits never
     exist); any other reads logits. One with an argument `key` is given a random key.
@@ -354,7 +383,7 @@ def build_loss(config: ConfigDict) -> TokenLoss:
 
 
 def build_loss_of_logits(config: ConfigDict) -> Callable[[Array, Batch], Array]:
-    """The loss per token as a function of the logits; one that reads hidden states is
+    """The loss per token, or image, as a function of the logits; one that reads hidden states is
     cross-entropy."""
     function = resolve(config, "loss")
     parameters = inspect.signature(function).parameters
@@ -416,11 +445,9 @@ def make_step(
     return step
 
 
-def evaluate(
-    graphdef: nnx.GraphDef, params: Params, batch: Batch, model_state: ModelState
-) -> Evaluation:
+def evaluate(merge: Merge, params: Params, batch: Batch, model_state: ModelState) -> Evaluation:
     """Cross-entropy of a batch; `batch["where"]` says which tokens or images count."""
-    model: Any = nnx.merge(graphdef, params, *model_state)
+    model = merge(params, model_state)
     model.eval()
     if hasattr(model, "hidden"):
         nats = linear_softmax_cross_entropy(

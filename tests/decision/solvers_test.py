@@ -20,8 +20,10 @@ class NumbersTest(chex.TestCase):
         noise = np.random.default_rng(0).normal(size=30)
         y = 2 * np.exp(-0.5 * t) + np.exp(-3 * t) + 0.05 * noise
         w0 = np.array([1.0, 0.2, 0.5, 2.0])
-        expected = scipy.optimize.least_squares(decay, w0, args=(t, y), method="lm", xtol=1e-12)
         with jax.enable_x64(True):
+            expected = scipy.optimize.least_squares(
+                decay, w0, args=(t, y), method="lm", xtol=1e-12, ftol=1e-14, gtol=1e-14
+            )
             solve = self.variant(
                 lambda w0, *args: levenberg_marquardt(decay, w0, args, tolerance=1e-10)
             )

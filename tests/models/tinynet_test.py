@@ -3,7 +3,7 @@ import math
 import pytest
 from flax import nnx
 
-from jaxref.models import TINYNET_ANCHORS, TinyNetConfig, efficientnet_b0_flops, tinynet
+from jaxref.models import TINYNET_ANCHORS, TinyNetConfig, efficientnet_b0_flops, tinynet_config
 from jaxref.models.compound_scaling import Stage
 
 # Of the paper's table, in millions.
@@ -25,7 +25,7 @@ class TestNumbers:
     @pytest.mark.parametrize("variant", TINYNET_ANCHORS)
     def test_size_of_the_published_networks(self, variant, count_parameters):
         """The numbers of parameters are those of timm's models."""
-        config = tinynet(variant, num_classes=1000)
+        config = tinynet_config(variant, num_classes=1000)
         assert count_parameters(lambda: config.build(rngs=nnx.Rngs(0))) == PARAMETERS[variant]
         flops = efficientnet_b0_flops(*TINYNET_ANCHORS[variant])
         assert abs(flops / 1e6 / FLOPS[variant] - 1) < 0.02
@@ -63,7 +63,7 @@ class TestNumbers:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tinynet("f", num_classes=3), r"variant must be one of \['a', .*, got 'f'"),
+        (lambda: tinynet_config("f", num_classes=3), r"variant must be one of \['a', .*, got 'f'"),
         (lambda: TinyNetConfig(num_classes=3, width=0.0), "width must be in"),
         (lambda: TinyNetConfig(num_classes=3, stages=()), "stages must have at least one"),
         (lambda: TinyNetConfig(num_classes=3, dropout=1.0), "dropout must be in"),

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxref.models import Transformer, TransformerConfig
+from jaxref.models import Transformer, TransformerConfig, with_scan_layers
 from jaxref.norms import layer_norm, rms_norm
 from jaxref.parallel import logical_sharding, make_mesh, use_rules
 
@@ -214,6 +214,30 @@ class TestProperties:
         model.final_norm = None
         growth = np.var(model.hidden(random_tokens())) / np.var(model.embed(random_tokens()))
         assert 1.1 < growth < 2.5
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"layer_norm_scaling": True},
+            {"norm_placement": "mix", "post_fraction": 0.34, "scan_layers": True},
+            {"norm_placement": "peri", "remat": True},
+        ],
+        ids=name,
+    )
+    def test_states_are_those_of_the_model_cut_off_after_each_block(self, options):
+        model, tokens = build(num_layers=3, dropout=0.3, **options), random_tokens()
+        arguments = {"key": jax.random.key(1), "where": np.arange(6) < np.array([[4], [6]])}
+        states = model.states(tokens, **arguments)
+        np.testing.assert_array_equal(states[0, 0], model._embedded(tokens)[:6])
+        np.testing.assert_array_equal(
+            model.final_norm(states[-1]), model.hidden(tokens, **arguments)
+        )
+        cut = with_scan_layers(model, False)
+        cut.final_norm = None
+        for layers in (3, 2, 1):
+            cut.blocks = nnx.List(cut.blocks[:layers])
+            expected = cut.hidden(tokens, **arguments)
+            np.testing.assert_allclose(states[layers], expected, rtol=1e-5, atol=1e-6)
 
     def test_remat_changes_neither_values_nor_gradients(self):
         tokens, key = random_tokens(), jax.random.key(3)

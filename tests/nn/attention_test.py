@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxref.attention import rotary_embedding
+from jaxref.attention import dot_product_attention, harmonic_alibi_bias, rotary_embedding
 from jaxref.nn import MultiHeadAttention
 from jaxref.norms import layer_norm, rms_norm
 
@@ -210,3 +210,44 @@ class TestParameters:
     def test_odd_heads_cannot_be_rotated(self):
         with pytest.raises(ValueError, match="even head_dim"):
             build(9, 3, rotary_base=100.0)(random((1, 2, 9)))
+
+
+class TestOverAContext:
+    def test_keys_and_values_come_from_the_context(self):
+        attend = build(num_kv_heads=2)
+        x, context = random((2, 3, 8)), random((2, 5, 8), seed=1)
+        mask = np.arange(5) < np.array([[[[3]]], [[[5]]]])
+        memory = attend.remember(context)
+        expected = attend.output(
+            dot_product_attention(
+                attend.query(x), attend.key(context), attend.value(context), mask=mask
+            )
+        )
+        np.testing.assert_allclose(attend(x, context=context, mask=mask), expected, rtol=1e-5)
+        np.testing.assert_allclose(attend.recall(x, memory, mask=mask), expected, rtol=1e-5)
+
+
+class TestPositions:
+    def test_a_share_of_each_head_is_rotated(self):
+        attend = build(head_dim=8, rotary_base=100.0, rotary_fraction=0.5)
+        x = random((1, 4, 8))
+        key, _ = attend.remember(x)
+        plain = attend.key(x)
+        np.testing.assert_array_equal(key[..., 4:], plain[..., 4:])
+        np.testing.assert_allclose(
+            key[..., :4], rotary_embedding(plain[..., :4], base=100.0), rtol=1e-5, atol=1e-6
+        )
+
+    def test_a_bias_by_position(self):
+        bias = partial(harmonic_alibi_bias, slopes="geometric", distance="linear")
+        attend, x = build(position_bias=bias), random((1, 5, 8))
+        expected = attend.output(
+            dot_product_attention(
+                attend.query(x),
+                attend.key(x),
+                attend.value(x),
+                bias=bias(4, 5, 5),
+                is_causal=True,
+            )
+        )
+        np.testing.assert_allclose(attend(x, is_causal=True), expected, rtol=1e-5, atol=1e-6)

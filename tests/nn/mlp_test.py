@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxref.nn import MLP
+from jaxref.nn import MLP, CRReLU, ScaledFusedMLP
 
 ACTIVATIONS = {
     "relu": (jax.nn.relu, lambda z: np.maximum(z, 0)),
@@ -84,3 +84,30 @@ def test_half_precision():
 def test_input_of_another_size_raises():
     with pytest.raises(ValueError, match=r"x must have shape \[..., 4\], got \(3, 5\)"):
         MLP(4, 6, rngs=nnx.Rngs(0))(jnp.ones((3, 5)))
+
+
+class TestScaledFused:
+    def test_with_the_residual_it_is_the_papers_sublayer(self):
+        mlp = ScaledFusedMLP(4, 16, rngs=nnx.Rngs(0))
+        mlp.alpha[...], mlp.beta[...] = jnp.float32(2.0), jnp.float32(0.7)
+        x = np.random.default_rng(0).normal(size=(3, 4)).astype("f")
+        np.testing.assert_allclose(
+            x + mlp(x), 0.7 * x + x @ mlp.map.kernel[...] / 2, rtol=1e-5, atol=1e-6
+        )
+
+    @pytest.mark.parametrize(
+        "kwargs", [{"gated": True}, {"use_bias": True}, {"activation": jax.nn.relu}]
+    )
+    def test_what_it_does_not_have_is_refused(self, kwargs):
+        with pytest.raises(ValueError, match="have no meaning in ScaledFusedMLP"):
+            ScaledFusedMLP(4, 16, rngs=nnx.Rngs(0), **kwargs)
+
+
+def test_an_activation_may_be_a_module_with_parameters():
+    mlp = MLP(4, 6, activation=CRReLU, use_bias=True, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype("f")
+    up = x @ mlp.up.kernel[...] + mlp.up.bias[...]
+    hidden = np.maximum(up, 0) + 0.01 * up * np.exp(-(up**2) / 2)
+    np.testing.assert_allclose(mlp(x), hidden @ mlp.down.kernel[...], rtol=1e-4, atol=1e-5)
+    gradient = nnx.grad(lambda mlp: jnp.sum(jnp.sin(mlp(x))))(mlp)
+    assert all(np.any(leaf[...]) for _, leaf in nnx.to_flat_state(gradient))

