@@ -38,6 +38,7 @@ from jaxref.attention.parameter_attention import (
     grow_parameter_tokens,
     parameter_attention,
 )
+from jaxref.attention.point_grid import grid_to_points, point_grid_attention, scatter_softmax
 from jaxref.attention.pooling import sequence_pooling
 from jaxref.attention.positions import (
     alibi_slopes,
@@ -97,4 +98,7 @@ __all__ = [
     "match_three_embedding",
     "harmonic_block_probability",
     "probabilistic_block_attention",
+    "scatter_softmax",
+    "point_grid_attention",
+    "grid_to_points",
 ]

@@ -1,6 +1,7 @@
 """Data: what is trained on, made or changed, as pure functions with explicit keys."""
 
 from jaxref.data.in_context import InContextPrompts, linear_regression_prompts
+from jaxref.data.point_clouds import boundary_mask
 from jaxref.data.tokenization import (
     Segmentation,
     build_subword_vocabulary,
@@ -10,6 +11,7 @@ from jaxref.data.tokenization import (
 __all__ = [
     "InContextPrompts",
     "linear_regression_prompts",
+    "boundary_mask",
     "maximum_likelihood_segmentation",
     "build_subword_vocabulary",
     "Segmentation",

@@ -1,6 +1,7 @@
 """Losses: `f(predictions, targets, *, hyperparameters..., axis=-1, where=None)`, unreduced."""
 
 from jaxref.losses.classification import (
+    margin_binary_cross_entropy,
     poly1_focal_loss,
     poly_cross_entropy,
     rescaled_square_loss,
@@ -15,6 +16,7 @@ __all__ = [
     "truncated_poly_loss",
     "squentropy",
     "rescaled_square_loss",
+    "margin_binary_cross_entropy",
     "z_loss",
     "load_balance_loss",
 ]

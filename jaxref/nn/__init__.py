@@ -49,6 +49,7 @@ from jaxref.nn.mixture_of_experts import (
 from jaxref.nn.mlp import MLP, ScaledFusedMLP
 from jaxref.nn.normalization import Norm
 from jaxref.nn.parameter_attention import ParameterAttention
+from jaxref.nn.point_grid import PointGridBlock
 from jaxref.nn.quasi_lstm import QuasiLSTM, QuasiLSTMBlock, quasi_lstm
 from jaxref.nn.recurrent import (
     LayerNormGRUCell,
@@ -141,4 +142,5 @@ __all__ = [
     "quasi_lstm",
     "QuasiLSTM",
     "QuasiLSTMBlock",
+    "PointGridBlock",
 ]

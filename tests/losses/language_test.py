@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -123,3 +125,76 @@ class TestContract:
 def test_bad_input_is_named(arguments, error, message):
     with pytest.raises(error, match=message):
         losses.z_loss(**({"logits": np.ones((2, 3), "f")} | arguments))
+
+
+class TestLoadBalance:
+    def routed(self, tokens=16, experts=4, top_k=2, seed=0):
+        probabilities = jax.nn.softmax(random_logits((tokens, experts), seed))
+        return probabilities, jax.lax.top_k(probabilities, top_k)[1]
+
+    @staticmethod
+    def literal(probabilities, assignment):
+        tokens, experts = probabilities.shape
+        shares = np.bincount(np.ravel(assignment), minlength=experts) / np.size(assignment)
+        return experts * sum(shares * np.float64(probabilities).sum(0) / tokens)
+
+    def test_matches_switch_transformers_in_each_group(self):
+        peer = np.load(Path(__file__).parents[1] / "oracles" / "switch_balance.npz")
+
+        def loss(probabilities):
+            return jax.vmap(losses.load_balance_loss)(
+                probabilities, peer["experts"][..., None]
+            ).mean()
+
+        value, slope = jax.value_and_grad(loss)(peer["probabilities"].astype("f"))
+        np.testing.assert_allclose(value, peer["loss"], rtol=1e-5)
+        np.testing.assert_allclose(slope, peer["gradient"], rtol=1e-5)
+
+    def test_matches_the_formula_and_its_gradient_leaves_the_shares_alone(self):
+        probabilities, assignment = self.routed()
+        value, slope = jax.jit(jax.value_and_grad(losses.load_balance_loss))(
+            probabilities, assignment
+        )
+        np.testing.assert_allclose(value, self.literal(probabilities, assignment), rtol=1e-5)
+        shares = np.bincount(np.ravel(assignment), minlength=4) / 32
+        np.testing.assert_allclose(slope, np.broadcast_to(4 * shares / 16, (16, 4)), rtol=1e-5)
+
+    def test_is_1_for_uniform_use_and_the_number_of_experts_for_one_alone(self):
+        uniform = np.full((8, 4), 0.25, np.float32)
+        spread = np.arange(8)[:, None] % 4
+        np.testing.assert_allclose(losses.load_balance_loss(uniform, spread), 1, rtol=1e-6)
+        certain = np.eye(4, dtype=np.float32)[np.zeros(8, int)]
+        ours = losses.load_balance_loss(certain, np.zeros((8, 1), int))
+        np.testing.assert_allclose(ours, 4, rtol=1e-6)
+
+    def test_tokens_on_several_axes_or_devices_and_masked_ones(self):
+        probabilities, assignment = self.routed()
+        whole = losses.load_balance_loss(probabilities, assignment)
+        apart = [x.reshape(8, 2, -1) for x in (probabilities, assignment)]
+        np.testing.assert_allclose(losses.load_balance_loss(*apart), whole, rtol=1e-6)
+        each = jax.vmap(
+            lambda p, a: losses.load_balance_loss(p, a, axis_name="device"), axis_name="device"
+        )
+        np.testing.assert_allclose(each(*apart), whole, rtol=1e-6)
+        where = np.arange(16) < 10
+        ours = losses.load_balance_loss(
+            jnp.where(where[:, None], probabilities, jnp.nan), assignment, where=where
+        )
+        expected = self.literal(probabilities[:10], assignment[:10])
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+        nothing = losses.load_balance_loss(probabilities, assignment, where=~np.ones(16, bool))
+        assert nothing == 0
+
+    def test_unknown_experts_and_bad_input(self):
+        probabilities, assignment = self.routed()
+        assert np.isnan(losses.load_balance_loss(probabilities, assignment.at[0, 0].set(4)))
+        half = losses.load_balance_loss(probabilities.astype(jnp.bfloat16), assignment)
+        assert half.dtype == jnp.float32
+        with pytest.raises(ValueError, match=r"assignment must have shape \(16, 2\)"):
+            losses.load_balance_loss(probabilities, assignment[:8])
+        with pytest.raises(TypeError, match="assignment must be integers"):
+            losses.load_balance_loss(probabilities, probabilities)
+        with pytest.raises(ValueError, match="where must broadcast"):
+            losses.load_balance_loss(probabilities, assignment, where=np.ones(4, bool))
+        with pytest.raises(ValueError, match=r"probabilities must have shape \[\.\.\., tokens"):
+            losses.load_balance_loss(probabilities[0], assignment[0])

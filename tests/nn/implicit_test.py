@@ -60,9 +60,9 @@ class TestHardConstraint:
         with jax.enable_x64(True):
             (_, info), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(1.3)
             assert info.converged
-            ends = [jax.jit(loss)(1.3 + step)[0] for step in (1e-5, -1e-5)]
+            ends = [jax.jit(loss)(1.3 + step)[0] for step in (1e-3, -1e-3)]
             forward = jax.jit(lambda t: jax.jvp(lambda t: loss(t)[0], (t,), (1.0,))[1])(1.3)
-            np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-5, rtol=1e-5)
+            np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-3, rtol=1e-4)
             np.testing.assert_allclose(forward, slope, rtol=1e-8)
 
     def test_unconverged_solves_say_so_and_return_the_last_iterate(self):
