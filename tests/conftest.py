@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import jax
+import pytest
 
 collect_ignore = ["oracles"]  # scripts that need the peers they ask
 
@@ -15,3 +16,16 @@ jax.config.update(
     "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax-tests")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+QUICK_ROOMS = ("norms", "attention", "nn", "models")
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request):
+    """In rooms whose tests compile much and compute little, XLA optimises little: two thirds of the
+    time. Tests of what the compiler makes are marked `optimized`."""
+    room = request.path.relative_to(request.config.rootpath).parts[1]
+    quick = room in QUICK_ROOMS and not request.node.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -447,8 +447,8 @@ def match_three_embedding(values: ArrayLike, modulus: int) -> tuple[Array, Array
       ValueError: `modulus` below 1.
       TypeError: `values` are not integers.
 
-    Use it with a large scale in `third_order_attention`: one layer then finds the triples, for which
-    a layer over single keys needs heads and features that grow with the length of the sequence.
+    Use it with a large scale in `third_order_attention`: one layer then finds the triples, where a
+    layer over single keys needs heads and features that grow with the length of the sequence.
 
     Example:
       >>> query, key1, key2 = match_three_embedding(jnp.array([1, 2, 4]), 7)

@@ -77,7 +77,7 @@ def run(
     config = dataclasses.replace(MODEL, **sizes)
     yield from in_training(config, batch=2 if quick else 16, repeats=model_repeats)
     yield from in_inference(config, batch=2 if quick else 16, repeats=model_repeats)
-    depths = (1, 2) if quick else (4, 48)
+    depths = (2, 4) if quick else (4, 48)
     yield from compilation(*depths, repeats=1 if quick else 3)
 
 
@@ -112,7 +112,8 @@ def alone(shape: tuple[int, int, int], names: list[str], *, repeats: int) -> Ite
 
 def differentiated(module: Any) -> jax.stages.Wrapped:
     """`step(x, weights)`: the sum of weights · module(x), its gradients, and new statistics."""
-    graphdef, learned, statistics = nnx.split(module, (nnx.Param, GradientState), ...)
+    graphdef, *variables = nnx.split(module, (nnx.Param, GradientState), ...)
+    learned, statistics = map(nnx.to_pure_dict, variables)
 
     def total(learned: Any, x: Array, weights: Array) -> tuple[Array, Any]:
         norm = nnx.merge(graphdef, learned, statistics)

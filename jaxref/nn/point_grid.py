@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxref.attention import grid_to_points, point_grid_attention
 from jaxref.attention.point_grid import grid_cells
-from jaxref.core.checks import check_interval
+from jaxref.core.checks import check_interval, check_shape
 from jaxref.nn.conv import Conv
 from jaxref.nn.linear import Linear
 from jaxref.nn.normalization import Norm
@@ -92,7 +92,8 @@ class PointGridBlock(nnx.Module):
             )
         if len({len(axes) for axes in grids}) != 1 or () in grids:
             raise ValueError(f"grids must have the same number of axes each, got {grids}")
-        self.grids, self.share_groups = tuple(map(tuple, grids)), share_groups
+        self.out_features, self.share_groups = out_features, share_groups
+        self.grids = tuple(map(tuple, grids))
         dim, weights = len(self.grids[0]), out_features // share_groups
 
         def linear(inputs: int, outputs: int) -> Linear:
@@ -160,17 +161,18 @@ class PointGridBlock(nnx.Module):
             )
         keys, values = self.key(features), self._values(features)
         new_features, new_grids = values, []
-        for axes, grid in zip(self.grids, grids):
+        for i, (axes, grid) in enumerate(zip(self.grids, grids)):
+            size = grid.shape[1:2] * len(axes)
+            check_shape((len(features), *size, self.out_features), **{f"grids[{i}]": grid})
             places = positions[..., list(axes)]
-            resolution = grid.shape[1]
-            encoding = self._encoding(grid_cells(places, resolution)[1])
+            encoding = self._encoding(grid_cells(places, size[0])[1])
             attended = point_grid_attention(
                 keys + encoding,
                 values + encoding,
                 self.query(grid),
                 places,
                 self._logits,
-                resolution=resolution,
+                resolution=size[0],
                 share_groups=self.share_groups,
             )
             new_grid = jax.nn.relu(self.update(attended)) + self.residual(grid)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -352,7 +352,7 @@ def _append_run(cache: StaircaseCache, key: Array, value: Array, where: Array) -
     return dataclasses.replace(cache, residual=residual, stairs=(*stairs, last), lengths=lengths)
 
 
-def _choose(condition: Array, new, old):
+def _choose(condition: Array, new: Any, old: Any) -> Any:
     """`new` for the sequences where the condition holds, `old` elsewhere."""
     return jax.tree.map(
         lambda a, b: jnp.where(jnp.expand_dims(condition, range(1, a.ndim)), a, b), new, old

@@ -67,8 +67,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     program = build_program(config, data)
     validation = Validation(config, data, program)
     batches = training_batches(config, data)
-    if isinstance(data, Corpus):
-        _prompt(config, data)  # what is wrong with it should show now, not after the training
+    if isinstance(data, Corpus):  # what is wrong should show now, not after the training
+        _prompt(config, data)
+        _check_generates(config, program)
     workdir = open_workdir(workdir)
     check_config(workdir, config.to_dict(), free=FREE_KEYS)
     with Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints) as checkpoints:
@@ -303,10 +304,21 @@ def _named(flags: Any) -> list[str]:
 
 
 def load(config: ConfigDict) -> Data:
-    """The text or the images that a configuration names."""
-    name = config.data.name
-    is_images = name == "digits" or name.startswith("images:")
-    return (load_images if is_images else load_corpus)(**config.data.to_dict())
+    """The text or the images that a configuration names.
+
+    Raises:
+      ConfigError: a name of no known form.
+      What `load_corpus` or `load_images` raises.
+    """
+    source = config.data.name.partition(":")[0]
+    if source in ("digits", "images"):
+        return load_images(**config.data.to_dict())
+    if source in ("python_stdlib", "text", "tokens"):
+        return load_corpus(**config.data.to_dict())
+    raise ConfigError(
+        "data.name must be python_stdlib, text:GLOB, tokens:FILE, digits or images:DIR, got "
+        f"{config.data.name!r}"
+    )
 
 
 def build_program(config: ConfigDict, data: Data) -> Program:
@@ -380,6 +392,18 @@ def _prompt(config: ConfigDict, corpus: Corpus) -> np.ndarray:
             ) from error
     check_request(prompt, corpus.vocab_size, length=options.length, **_choices(options))
     return prompt
+
+
+def _check_generates(config: ConfigDict, program: Program) -> None:
+    """Raises, without computing anything, where the model cannot go on token by token."""
+
+    def one_token(params: Any, model_state: Any) -> Any:
+        model = program.model(params, model_state)
+        cache = model.init_cache(1, kind=config.sample.cache)
+        return model.extend(np.zeros((1, 1), np.int32), cache)
+
+    state = program.abstract_state
+    jax.eval_shape(one_token, state.params, state.model_state)
 
 
 def _choices(options: ConfigDict) -> dict[str, Any]:

@@ -127,6 +127,7 @@ class TestDraw:
 
 
 class TestMemory:
+    @pytest.mark.optimized
     def test_no_more_than_two_rows_of_weights_at_a_time(self):
         def memory(length):
             array = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)

@@ -180,6 +180,7 @@ class NumbersTest(chex.TestCase):
 
 
 class TestClaims:
+    @pytest.mark.optimized
     @pytest.mark.claim("kronecker-tensor-attention")
     def test_finds_triples_that_pairs_do_not_show_and_is_linear_for_small_entries(self):
         """At a large scale one layer tells whether x_i + x_j + x_k = 0 modulo M for some pair of
@@ -234,6 +235,7 @@ class TestClaims:
         expected = dot_product_attention(query, key, value, scale=1 / 3)
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.optimized
     def test_memory_stays_with_the_square(self):
         def memory(length):
             array = jax.ShapeDtypeStruct((1, length, 1, 2), jnp.float32)

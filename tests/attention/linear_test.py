@@ -109,6 +109,7 @@ class NumbersTest(chex.TestCase):
 
 
 class TestProperties:
+    @pytest.mark.optimized
     def test_memory_and_work_are_linear_in_the_length(self):
         def cost(length):
             arrays = [jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)] * 3

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from jaxref import losses
+from jaxref.data import boundary_mask
 
+GRIDFORMER = np.load(Path(__file__).parents[1] / "oracles" / "gridformer.npz")
 LOSSES = {
     "poly_cross_entropy": losses.poly_cross_entropy,
     "truncated_poly_loss": lambda *a, **k: losses.truncated_poly_loss(*a, num_terms=3, **k),
@@ -82,6 +86,21 @@ class NumbersTest(chex.TestCase):
         weight = 1.0 if alpha is None else np.where(targets == 1, alpha, 1 - alpha)
         expected = weight * miss**gamma * (-np.log1p(-miss) + 1.5 * miss)
         np.testing.assert_allclose(ours(logits, targets, 1.5), expected, rtol=1e-5, atol=1e-7)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_margin_binary_cross_entropy_matches_the_release(self):
+        logits = GRIDFORMER["margin_logits"]
+        for i, j in np.ndindex(2, 2):
+            margin, targets = 2.0 * i, np.full(7, j)
+            ours = self.variant(
+                lambda z, t: losses.margin_binary_cross_entropy(z, t, margin=margin)
+            )
+            values, vjp = jax.vjp(lambda z: ours(z, targets), logits)
+            expected = GRIDFORMER["margin_losses"][i, j]
+            np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-12)
+            (gradient,) = vjp(np.ones(7, "f"))
+            expected = GRIDFORMER["margin_gradients"][i, j]
+            np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-12)
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_squentropy_matches_the_formula(self):
@@ -204,6 +223,47 @@ class TestClaims:
             rtol=1e-6,
         )
 
+    def test_margin_shifts_the_logit_and_leaves_an_even_chance_at_zero(self):
+        """The marked claim of GridFormer is in tests/attention/point_grid_test.py."""
+        z = np.linspace(-3, 3, 61, dtype=np.float32)
+        yes, no = (losses.margin_binary_cross_entropy(z, np.full(61, t)) for t in (1, 0))
+        plain = optax.losses.sigmoid_binary_cross_entropy
+        np.testing.assert_allclose(yes, plain(z - 2, 1.0), rtol=1e-5)
+        np.testing.assert_allclose(no, plain(z + 2, 0.0), rtol=1e-5)
+        assert np.argmin(yes + no) == 30  # where z is 0
+        for margin in (0.0, 2.0):
+            loss = lambda z: losses.margin_binary_cross_entropy(z, 1, margin=margin)
+            np.testing.assert_allclose(jax.grad(loss)(0.0), -1 / (1 + np.exp(-margin)), rtol=1e-6)
+        between = losses.margin_binary_cross_entropy(z, np.full(61, 0.3))
+        np.testing.assert_allclose(between, plain(z + 0.8, 0.3), rtol=1e-5)
+
+    def test_a_second_stage_with_margin_at_the_boundary_sharpens_an_occupancy_field(self):
+        """A field of Gaussian bumps on a line, trained on all points, and then on those near the
+        two ends of the interval that is occupied."""
+        x = np.linspace(0, 1, 201, dtype=np.float32)
+        occupied = abs(x - 0.45) < 0.15
+        bumps = jnp.exp(-(((x[:, None] - np.linspace(0, 1, 21)) / 0.05) ** 2))
+        kept = boundary_mask(x[:, None], occupied)
+        assert 50 < kept.sum() < 80
+
+        @jax.jit
+        def train(weights, margin, where):
+            def loss(weights):
+                return losses.margin_binary_cross_entropy(
+                    bumps @ weights, occupied, margin=margin, where=where
+                ).sum()
+
+            step = lambda _, weights: weights - jax.grad(loss)(weights) / where.sum()
+            return jax.lax.fori_loop(0, 50, step, weights)
+
+        def undecided(weights):
+            p = jax.nn.sigmoid(bumps @ weights)
+            return np.sum(abs(p - 0.5) < 0.3)
+
+        first = train(jnp.zeros(21), 0.0, jnp.ones(201, bool))
+        without, second = (train(first, margin, kept) for margin in (0.0, 2.0))
+        assert undecided(second) < undecided(without) - 4 < undecided(first) - 8
+
 
 @pytest.mark.parametrize("name", LOSSES)
 class TestContract:
@@ -302,6 +362,25 @@ def test_focal_edges():
     assert masked[1] == 0
 
 
+def test_margin_edges():
+    where = np.array([True, False, True, True])
+    logits = jnp.array([1e4, jnp.nan, -1e4, 0.0])
+    for targets in (np.ones(4, bool), np.zeros(4, int), np.full(4, 0.5)):
+        loss = lambda z: losses.margin_binary_cross_entropy(z, targets, where=where)
+        values, vjp = jax.vjp(loss, logits)
+        (gradient,) = vjp(jnp.ones(4))
+        assert np.all(np.isfinite(values))
+        assert np.all(np.isfinite(gradient[where]))
+        assert values[1] == 0
+    half = logits[2:].astype(jnp.bfloat16)
+    values = losses.margin_binary_cross_entropy(half, targets[2:])
+    assert values.dtype == jnp.bfloat16
+    expected = losses.margin_binary_cross_entropy(half.astype(jnp.float32), targets[2:])
+    np.testing.assert_array_equal(values, expected.astype(jnp.bfloat16))
+    with pytest.raises(TypeError, match="logits must have a floating-point type"):
+        losses.margin_binary_cross_entropy(np.zeros(3, int), np.zeros(3))
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -311,6 +390,8 @@ def test_focal_edges():
         (lambda z, y: losses.poly1_focal_loss(z, z, gamma=-1.0), "gamma must be in"),
         (lambda z, y: losses.poly1_focal_loss(z, z, alpha=2.0), "alpha must be in"),
         (lambda z, y: losses.poly1_focal_loss(z, z[:1, :2]), "targets must broadcast"),
+        (lambda z, y: losses.margin_binary_cross_entropy(z, z, margin=-1.0), "margin must be in"),
+        (lambda z, y: losses.margin_binary_cross_entropy(z, y), "targets must broadcast"),
         (lambda z, y: losses.truncated_poly_loss(z, y, num_terms=0), "num_terms"),
         (lambda z, y: losses.squentropy(z[:, :1], y * 0), "two classes"),
         (lambda z, y: losses.squentropy(z, y, square_weight=jnp.nan), "square_weight"),

@@ -115,7 +115,7 @@ def options(names):
     return fields
 
 
-def build(**fields):
+def config_of(**fields):
     sizes = {
         "vocab_size": 11,
         "max_length": LENGTH,
@@ -124,7 +124,11 @@ def build(**fields):
         "num_heads": 2,
         "mlp_features": 12,
     }
-    return TransformerConfig(**sizes | fields).build(rngs=nnx.Rngs(0))
+    return TransformerConfig(**sizes | fields)
+
+
+def build(**fields):
+    return config_of(**fields).build(rngs=nnx.Rngs(0))
 
 
 def loss_and_gradient(model):
@@ -148,14 +152,14 @@ def loss_and_gradient(model):
 
 
 @pytest.mark.parametrize("names", combinations(), ids=", ".join)
-def test_one_step(names):
+def test_one_step(names, make_model):
     reason = refused(*names)
     if reason is not None:
         with pytest.raises(ValueError, match=reason):  # noqa: PT012, when built or when called
-            step, *parts = loss_and_gradient(build(**options(names)))
+            step, *parts = loss_and_gradient(make_model(config_of(**options(names))))
             step(*parts)
         return
-    step, params, backward = loss_and_gradient(build(**options(names)))
+    step, params, backward = loss_and_gradient(make_model(config_of(**options(names))))
     value, (gradient, moved) = step(params, backward)
     assert np.isfinite(value)
     for path, leaf in jax.tree_util.tree_leaves_with_path((gradient, moved)):

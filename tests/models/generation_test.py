@@ -41,7 +41,7 @@ MODELS = {
 }
 
 
-def build(**kwargs):
+def config_of(**kwargs):
     sizes = {
         "vocab_size": VOCAB,
         "max_length": LENGTH,
@@ -50,11 +50,13 @@ def build(**kwargs):
         "num_heads": 2,
         "mlp_features": 12,
     }
-    model = TransformerConfig(**sizes | kwargs).build(rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        parameter[...] += 0.3 * rng.normal(size=parameter.shape)
-    return model
+    return TransformerConfig(**sizes | kwargs)
+
+
+@pytest.fixture
+def build(make_model):
+    """`build(**fields)`: a model with random parameters."""
+    return lambda **kwargs: make_model(config_of(**kwargs))
 
 
 def prompts_and_lengths(batch=3, n=5):
@@ -89,7 +91,7 @@ def recomputed(model, prompts, lengths, num_tokens, **source):
 
 class TestAgreesWithRecomputing:
     @pytest.mark.parametrize("name", MODELS)
-    def test_prompts_of_different_lengths(self, name):
+    def test_prompts_of_different_lengths(self, build, name):
         model = build(**MODELS[name])
         prompts, lengths = prompts_and_lengths()
         source = {}
@@ -100,7 +102,7 @@ class TestAgreesWithRecomputing:
         np.testing.assert_array_equal(ours, recomputed(model, prompts, lengths, 8, **source))
         assert len(np.unique(ours)) > 2  # not one token over and over
 
-    def test_what_pads_a_prompt_does_not_matter(self):
+    def test_what_pads_a_prompt_does_not_matter(self, build):
         model = build()
         prompts, lengths = prompts_and_lengths()
         padding = np.arange(5) >= lengths[:, None]
@@ -108,7 +110,7 @@ class TestAgreesWithRecomputing:
         other = np.where(padding, -7, prompts)  # not even an id
         np.testing.assert_array_equal(run(prompts), run(other))
 
-    def test_states_step_by_step_are_those_of_the_whole(self):
+    def test_states_step_by_step_are_those_of_the_whole(self, build):
         model = build(num_layers=1)
         tokens = np.random.default_rng(3).integers(VOCAB, size=(2, 9))
         cache = model.init_cache(2)
@@ -123,13 +125,13 @@ class TestAgreesWithRecomputing:
 
 
 class TestStaircase:
-    def test_without_a_full_block_it_is_the_full_cache(self):
+    def test_without_a_full_block_it_is_the_full_cache(self, build):
         model = build()
         prompts, lengths = prompts_and_lengths()
         run = partial(generate, model, prompts, lengths, num_tokens=6, temperature=0.0)
         np.testing.assert_array_equal(run(cache="staircase", block=LENGTH), run())
 
-    def test_error_and_bytes_fall_apart_with_the_bits(self):
+    def test_error_and_bytes_fall_apart_with_the_bits(self, build):
         """The fewer bits for older tokens, the larger the error and the smaller the cache."""
         model = build(features=32, num_heads=1, max_length=64, num_layers=1)
         tokens = np.random.default_rng(2).integers(VOCAB, size=(2, 64))
@@ -195,7 +197,7 @@ class TestSampleTokens:
 
 
 class TestGenerate:
-    def test_one_program_whatever_is_drawn(self):
+    def test_one_program_whatever_is_drawn(self, build):
         model = build(num_layers=1)
         prompts, lengths = prompts_and_lengths()
         before = _generate._cache_size()
@@ -205,7 +207,7 @@ class TestGenerate:
             run(prompts + 1 - 1, lengths[::-1].copy(), top_p=top_p, key=jax.random.key(0))
         assert _generate._cache_size() == before + 1
 
-    def test_key_decides_and_rows_differ(self):
+    def test_key_decides_and_rows_differ(self, build):
         model = build(num_layers=1)
         prompts = np.ones((4, 2), int)
         draw = lambda seed: generate(model, prompts, num_tokens=10, key=jax.random.key(seed))
@@ -214,7 +216,7 @@ class TestGenerate:
         assert np.any(first != draw(1))
         assert len({tuple(row) for row in np.asarray(first).tolist()}) == 4
 
-    def test_evaluation_whatever_the_mode(self):
+    def test_evaluation_whatever_the_mode(self, build):
         """Statistics are neither moved nor taken from the prompt."""
         model = build(norm=norms.power_norm, num_layers=1)
         model.train()
@@ -223,7 +225,7 @@ class TestGenerate:
         after = nnx.to_pure_dict(nnx.state(model))
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
-    def test_fills_the_cache_to_the_last_position(self):
+    def test_fills_the_cache_to_the_last_position(self, build):
         model = build(num_layers=1, positions="learned")
         prompt = np.ones((1, 4), int)
         tokens = generate(model, prompt, num_tokens=LENGTH - 3, temperature=0.0)
@@ -250,7 +252,7 @@ class TestGenerate:
             ({"source": [[1]]}, "source must be given for architecture 'encoder_decoder'"),
         ],
     )
-    def test_bad_input(self, changes, message):
+    def test_bad_input(self, build, changes, message):
         model = build(num_layers=1)
         given = {"prompts": [[1, 2]], "num_tokens": 3, "temperature": 0.0} | changes
         if "source" in given:
@@ -258,7 +260,7 @@ class TestGenerate:
         with pytest.raises(ValueError, match=message):
             generate(model, np.array(given.pop("prompts"), int), **given)
 
-    def test_models_that_cannot_go_on(self):
+    def test_models_that_cannot_go_on(self, build):
         with pytest.raises(ValueError, match="'encoder' sees what follows"):
             build(architecture="encoder").init_cache(1)
         with pytest.raises(ValueError, match="kind must be 'full' for ThirdOrderAttention"):

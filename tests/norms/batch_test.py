@@ -195,6 +195,7 @@ class TestGlobalStatistics:
         y, after = jax.jit(mapped)(shards(x), shards(where))
         assert_close((y.reshape(x.shape), after), expected)
 
+    @pytest.mark.optimized
     def test_ghost_batches_need_no_other_device(self):
         x, state, *_ = random_batch((16, 4))
         rows = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))

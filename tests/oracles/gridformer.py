@@ -87,7 +87,7 @@ def kernel(tensor):
 
 
 def parameters(level):
-    """The level's parameters by their names in `jaxref.nn.PointGridBlock`."""
+    """The level's parameters in a vector, sorted by their names in `jaxref.nn.PointGridBlock`."""
     linear = {"key": level.fc_k[0], "weight": level.fc_w[0]}
     linear |= {f"value.{i}": level.fc_v[2 * i] for i in range(3)}
     linear |= {"position.0": level.fc_pos[0], "position.2": level.fc_pos[3]}
@@ -100,11 +100,11 @@ def parameters(level):
     for name, module in (("weight_norm", level.fc_w[1]), ("position.1", level.fc_pos[1])):
         stored[f"{name}.scale"] = module.weight.detach().numpy()
         stored[f"{name}.bias"] = module.bias.detach().numpy()
-    return {name: np.array(value) for name, value in stored.items()}
+    return np.concatenate([stored[name].ravel() for name in sorted(stored)])
 
 
 def run_level(level, names, resolution, apply, points):
-    """Values of a level in training, and the gradients of Σ outputs · cotangents."""
+    """Values of a level in training, and the gradients of half the sum of their squares."""
     level.share_channels = GROUPS
     width = FEATURES // GROUPS
     level.fc_w = nn.Sequential(nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.ReLU())
@@ -112,24 +112,25 @@ def run_level(level, names, resolution, apply, points):
         for parameter in level.parameters():
             parameter.normal_(std=0.6)
     shape = (BATCH, FEATURES, *(resolution,) * (2 if len(names) == 3 else 3))
-    grids = {name: torch.randn(shape).relu().requires_grad_() for name in names}
+    grids = {name: torch.randn(shape).abs().requires_grad_() for name in names}
     features = torch.randn(BATCH, POINTS, INPUTS, requires_grad=True)
     given = {name: grid * 1.0 for name, grid in grids.items()}
     new_grids, new_features = apply(level, points, given, features)
     outputs = [new_features, *(new_grids[name] for name in names)]
-    cotangents = [torch.randn_like(output) for output in outputs]
-    inputs = [features, *grids.values(), level.fc_w[0].weight, level.fc_pos[0].weight]
-    gradients = torch.autograd.grad(outputs, inputs, cotangents)
-    stored = parameters(level)
-    stored |= {"features": features.detach().numpy(), "y": new_features.detach().numpy()}
-    stored |= {"y_cotangent": cotangents[0].numpy(), "grad_features": gradients[0].numpy()}
-    for i, name in enumerate(names):
-        stored[f"grid_{i}"] = channels_last(grids[name])
-        stored[f"new_grid_{i}"] = channels_last(new_grids[name])
-        stored[f"grid_cotangent_{i}"] = channels_last(cotangents[1 + i])
-        stored[f"grad_grid_{i}"] = channels_last(gradients[1 + i])
-    stored["grad_weight"], stored["grad_position"] = (g.numpy().T for g in gradients[-2:])
-    return stored
+    inputs = [features, level.fc_w[0].weight, level.fc_pos[0].weight, *grids.values()]
+    loss = sum(torch.sum(output**2) for output in outputs) / 2
+    gradients = torch.autograd.grad(loss, inputs)
+    stored = {"parameters": parameters(level)}
+    stored |= {"features": features, "new_features": new_features}
+    stored |= {"grad_features": gradients[0]}
+    stored |= {"grad_weight": gradients[1].T, "grad_position": gradients[2].T}
+    for name, tensors in (
+        ("grids", grids.values()),
+        ("new_grids", outputs[1:]),
+        ("grad_grids", gradients[3:]),
+    ):
+        stored[name] = np.stack([channels_last(tensor) for tensor in tensors])
+    return {name: np.asarray(torch.as_tensor(value).detach()) for name, value in stored.items()}
 
 
 def on_planes(level, points, grids, features):
@@ -144,12 +145,12 @@ def on_volume(level, points, grids, features):
 
 
 def boundary():
-    """A dense and a wide cloud, cut by a plane; both limits decide in one of them."""
+    """A dense and a wide cloud, cut by a plane; both limits decide."""
     rng = np.random.default_rng(0)
     points = np.concatenate(
-        [rng.uniform(0, 0.1, size=(280, 3)), rng.uniform(-0.5, 0.5, size=(200, 3))]
+        [rng.uniform(0, 0.07, size=(160, 3)), rng.uniform(-0.5, 0.5, size=(80, 3))]
     ).astype(np.float32)
-    occupancy = points @ np.array([1.0, 0.3, 0.2]) > 0.06
+    occupancy = points @ np.array([1.0, 0.3, 0.2]) > 0.095
     with tempfile.TemporaryDirectory() as folder:
         stored = {"points": points, "occupancies": np.packbits(occupancy)}
         np.savez(Path(folder) / "points.npz", **stored)

@@ -8,8 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import jaxref.losses
-from jaxref import attention, kernels, losses, models, norms, optimizers
+from jaxref import attention, kernels, losses, models, nn, norms, optimizers
 from jaxref.train.config import (
+    OPTIONAL,
     ROOMS,
     ConfigError,
     from_json,
@@ -18,6 +19,9 @@ from jaxref.train.config import (
     with_overrides,
 )
 from jaxref.train.configs.default import get_config
+
+ELSEWHERE = {"optimizer.base", "optimizer.compressor", "model.final_norm", "model.conv"}
+IN_DEFAULT = [section for section in ROOMS if section not in ELSEWHERE]
 
 
 def load(*overrides):
@@ -91,7 +95,7 @@ class TestOverrides:
             ("stps=3", r"unknown configuration key 'stps'; did you mean steps"),
             ("optimzer.name=lion", r"unknown configuration key 'optimzer'; did you mean optimizer"),
             ("mesh.tensr=3", r"unknown configuration key 'mesh.tensr'; did you mean tensor\?"),
-            ("sample.zzz=3", r"'sample.zzz'; there are length, prompt, seed, temperature"),
+            ("sample.zzz=3", r"'sample.zzz'; there are cache, length, prompt, seed, temperature"),
             ("steps", r"--config.steps needs a value: --config.steps=VALUE"),
             ("steps=ten", r"steps must be int like its default 600, got 'ten'"),
             ("steps=1.5", r"steps must be int like its default 600, got 1.5"),
@@ -154,6 +158,15 @@ class TestFile:
         with pytest.raises(ConfigError, match=message):
             load_config(file(source))
 
+    def test_files_of_the_training_program_are_found_from_anywhere(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        config = load_config("configs/digits.py", ["steps=3"])
+        assert (config.data.name, config.steps) == ("digits", 3)
+        assert config.sample.to_dict() == get_config().sample.to_dict()
+        (tmp_path / "configs").mkdir()
+        (tmp_path / "configs" / "digits.py").write_text(returning(seed=7))
+        assert load_config("configs/digits.py").seed == 7  # the user's own comes first
+
     def test_no_such_file(self, tmp_path):
         with pytest.raises(ConfigError, match=r"--config: there is no file .*nothing.py"):
             load_config(tmp_path / "nothing.py")
@@ -174,6 +187,10 @@ class TestComponents:
             ("model.query_key_norm", "layer_norm", norms.layer_norm),
             ("model.attention", "dot_product_attention", attention.dot_product_attention),
             ("model.activation", "silu", jax.nn.silu),
+            ("model.final_norm", "batch_norm", norms.batch_norm),
+            ("model.linear", "ParameterAttention", nn.ParameterAttention),
+            ("model.mlp", "MixtureOfExperts", nn.MixtureOfExperts),
+            ("model.conv", "WeightStandardizedConv", nn.WeightStandardizedConv),
             ("optimizer", "lion", optimizers.lion),
             ("optimizer", "lion_k", optimizers.lion_k),
             ("optimizer", "adamw", getattr(optimizers, "adamw", optax.adamw)),
@@ -259,10 +276,15 @@ class TestComponents:
         with pytest.raises(ConfigError, match=rf"{section}.name: .* has no 'zzzz'; there are \w+"):
             resolve(load(f"{section}.name=zzzz"), section)
 
-    @pytest.mark.parametrize("section", sorted(set(ROOMS) - {"model.query_key_norm"}))
-    def test_only_the_query_key_norm_may_be_none(self, section):
+    @pytest.mark.parametrize("section", sorted(set(ROOMS) - set(OPTIONAL)))
+    def test_only_norms_may_be_none(self, section):
         with pytest.raises(ConfigError, match=rf"{section}.name: .* has no None"):
             resolve(load(f"{section}.name=none"), section)
+
+    @pytest.mark.parametrize("section", OPTIONAL)
+    def test_none_is_handed_on(self, section):
+        model = resolve(load(f"{section}.name=none"), "model")
+        assert model.keywords[section.removeprefix("model.")] is None
 
     @pytest.mark.parametrize(
         ("override", "message"),
@@ -281,13 +303,13 @@ class TestComponents:
     def test_near_matches(self, override, message):
         config = load(override)
         with pytest.raises(ConfigError, match=message):
-            [resolve(config, section) for section in ROOMS]
+            [resolve(config, section) for section in IN_DEFAULT]
 
     def test_arguments_that_the_caller_gives(self):
         with pytest.raises(ConfigError, match=r"optimizer.b1 follows from the moon; set that inst"):
             resolve(load("optimizer.b1=0.1"), "optimizer", {"b1": "the moon"})
 
-    @pytest.mark.parametrize("section", [s for s in ROOMS if not s.startswith("optimizer.")])
+    @pytest.mark.parametrize("section", IN_DEFAULT)
     def test_defaults_exist(self, section):
         function = resolve(load_config(), section)
         assert all(

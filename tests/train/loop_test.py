@@ -343,8 +343,8 @@ class TestNonFinite:
         """Programs that begin with a value in the MLP of the first block."""
         build = loop.build
 
-        def poisoned_build(*args):
-            built = build(*args)
+        def poisoned_build(*args, **kwargs):
+            built = build(*args, **kwargs)
 
             def init(key):
                 state = built.init(key)
@@ -436,7 +436,7 @@ class TestBadInput:
             (["data.name=text:EMPTY"], ValueError, r"matches only empty files"),
             (["data.name=tokens:ODD"], ValueError, r"odd.bin has the odd size 7"),
             (["data.name=tokens:/nowhere"], FileNotFoundError, r"/nowhere"),
-            (["data.name=wiki"], ValueError, r"must be 'python_stdlib', 'text:GLOB' or 'tokens:F"),
+            (["data.name=wiki"], ConfigError, r"python_stdlib, text:GLOB, .* got 'wiki'"),
             (["data.vocab_size=100"], ValueError, r"below vocab_size 100, got 1\d\d at position"),
             (["data.validation_fraction=0.0"], ValueError, r"at least one window .* got 0"),
             (["length=100000"], ValueError, r"at least one window"),
@@ -444,6 +444,9 @@ class TestBadInput:
             (["sample.prompt="], ValueError, r"prompt must be \[n\] with at least one token"),
             (["sample.length=0"], ValueError, r"length must be in \[1, inf\)"),
             (["sample.temperature=-1"], ValueError, r"temperature must be in \[0, inf\)"),
+            (["sample.top_p=0.0"], ValueError, r"top_p must be in \(0, 1\], got 0"),
+            (["sample.cache=half"], ValueError, r"cache must be 'full' or 'staircase', got 'half'"),
+            (["model.architecture=encoder"], ValueError, r"sees what follows: it cannot generate"),
             (["seed=-1"], ValueError, r"seed must be in"),
             (["optimizer.name=lionn"], ConfigError, r"did you mean lion"),
         ],
