@@ -85,7 +85,10 @@ def compared(
         yield Measurement(NAME, case, name, "seconds", median)
         yield Measurement(NAME, case, name, "tokens_per_second", batch / median)
     for peer in seconds.keys() - {"full cache"}:
-        median, ratio = statistics.median(seconds["full cache"]), ratios(seconds, "full cache", peer)
+        median, ratio = (
+            statistics.median(seconds["full cache"]),
+            ratios(seconds, "full cache", peer),
+        )
         yield Measurement(NAME, case, "full cache", "seconds", median, peer, ratio)
     for kind in ("full", "staircase"):
         layers = jax.eval_shape(lambda kind=kind: model.init_cache(batch, kind=kind).layers)

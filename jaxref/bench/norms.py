@@ -92,9 +92,7 @@ def alone(shape: tuple[int, int, int], names: list[str], *, repeats: int) -> Ite
     steps = {name: differentiated(module) for name, module in modules.items()}
     if "layer_norm" in names:
         (_, ours), (_, theirs) = (steps[name](x, weights) for name in ("layer_norm", PEER))
-        jax.tree.map(
-            partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), ours[1], theirs[1]
-        )
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), ours[1], theirs[1])
         del ours, theirs
     progress(case)
     bytes_moved = {name: compiled_cost(step, x, weights).bytes for name, step in steps.items()}

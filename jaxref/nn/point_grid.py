@@ -38,7 +38,8 @@ class PointGridBlock(nnx.Module):
       share_groups: of `jaxref.attention.point_grid_attention`. Default 8.
       norm: of the attention's logits, one of `jaxref.norms` over channels. Default `batch_norm`, as
         in the release, over the points of the batch; `layer_norm` needs no statistics.
-      position_norm: the same inside of the encoding of the place in a cell. Default `batch_norm`.
+      position_norm: the same inside of the encoding of the place in a cell. Default `batch_norm`;
+        over the few numbers of a place, `layer_norm` leaves little but their order.
       dtype: type to compute in; default the parameters'.
       param_dtype: type of the parameters.
       rngs: source of the `params` key.

@@ -1,7 +1,7 @@
 """What a training run writes besides checkpoints: its configuration, its metrics, its curve.
 
 All of it lives in the run's working directory: `config.json`, `metrics.jsonl` with one line a
-record, TensorBoard event files with the same numbers, and `loss.png`.
+record, TensorBoard event files with the same numbers, `loss.png`, and for images `predictions.png`.
 """
 
 import errno
@@ -237,7 +237,7 @@ def plot_loss(
     ax.plot(steps, loss, color="tab:blue", linewidth=0.6, alpha=0.35)
     ax.plot(steps, _smooth(loss), color="tab:blue", linewidth=1.8, label="training")
     steps, loss = _curve(metrics, VALIDATION_LOSS)
-    ax.plot(steps, loss, "o", color="tab:orange", markersize=5, label="validation")
+    ax.plot(steps, loss, "o", color="tab:orange", markersize=5, label="validation", clip_on=False)
     for name, level in baselines.items():
         ax.axhline(level, color="0.35", linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
         ax.annotate(  # in the right margin, clear of the curves
@@ -255,7 +255,9 @@ def plot_loss(
     ax.margins(x=0.015)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="upper right", frameon=False)
+    ax.legend(  # above the axes, clear of curves and levels
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2, frameon=False
+    )
     return ax
 
 

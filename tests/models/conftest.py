@@ -9,6 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+# What norms start from, by the name of the field.
+STATE = {
+    "psi_squared": 1,
+    "running_var": 1,
+    **dict.fromkeys(("nu", "x2_buffer", "gz_buffer", "gz_ema", "step", "skipped"), 0),
+    **dict.fromkeys(("regularizer", "auxiliary_loss"), 0),
+}
 ONES = {"scale", "gain", "var", "v", "batch_scale", "channel_scale"}
 
 
@@ -20,6 +27,9 @@ def _make_model(build, seed=0):
     leaves = []
     for path, variable in nnx.to_flat_state(state):
         name, shape = str(path[-1]), variable.shape
+        if name in STATE:
+            leaves.append((path, variable.replace(jnp.full(shape, STATE[name], variable.dtype))))
+            continue
         size = 0.1 if name in ONES or len(shape) < 2 else np.prod(shape[:-1]) ** -0.5
         value = size * rng.normal(size=shape) + (name in ONES)
         leaves.append((path, variable.replace(jnp.asarray(value, variable.dtype))))

@@ -252,6 +252,7 @@ class TestTransformations:
         np.testing.assert_allclose(jax.jit(jax.vmap(update))(g, w), alone, rtol=1e-5, atol=1e-7)
 
     @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+    @pytest.mark.optimized
     def test_sharded_sums_move_no_weights(self, name, axis_type):
         """Rows over eight devices: the same steps, and no collective that moves a leaf."""
         mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))

@@ -364,6 +364,7 @@ class TestShardMap:
         ("method", "name"),
         [*(("ef21", name) for name in COMPRESSORS), ("ef14", "top_k"), ("ef14", "rand_k")],
     )
+    @pytest.mark.optimized
     def test_workers_do_what_stacked_clients_do_and_gather_messages_only(self, method, name):
         options = {"key": jax.random.PRNGKey(1), "compressor": COMPRESSORS[name]}
         if method == "ef21":
@@ -388,6 +389,7 @@ class TestShardMap:
         assert gathered_bytes(text) == 8 * message_bytes(COMPRESSORS[name], x)
 
     @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+    @pytest.mark.optimized
     def test_a_training_step_and_its_checkpoint(self, axis_type, tmp_path):
         """The gradient of each worker's share of the batch, and adam behind EF21. Nothing dense
         is exchanged: but the messages, only the loss."""

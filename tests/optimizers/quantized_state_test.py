@@ -309,6 +309,7 @@ class TestMemory:
         assert self.nbytes(momentum) <= 0.27 * self.nbytes(adam) / 2
 
     @pytest.mark.parametrize("shape", [(8192, 8192), (2**26 + 77,), (8191, 8193)], ids=str)
+    @pytest.mark.optimized
     def test_no_large_leaf_is_dequantized_at_once(self, shape):
         """An eighth of Adam's float32 state, 8 bytes a parameter, is the most that may be alive."""
         optimizer = optimizers.adam_8bit(0.1, weight_decay=0.1)
@@ -320,6 +321,7 @@ class TestMemory:
 
 class TestSharding:
     @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+    @pytest.mark.optimized
     def test_rows_of_whole_blocks_stay_on_their_devices(self, axis_type):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
         rows = NamedSharding(mesh, PartitionSpec("data"))

@@ -113,6 +113,7 @@ class TestNumbers:
 
 class TestClaims:
     @pytest.mark.claim("sharpness-aware-training-for-free")
+    @pytest.mark.optimized
     def test_flatter_minima_for_the_cost_of_one_gradient(self):
         """On noisy half-moons the Hessian of the training loss ends the smaller the more the
         trajectory loss weighs, at the same accuracy; the step takes 1.1 times the operations of

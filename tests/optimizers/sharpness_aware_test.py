@@ -329,6 +329,7 @@ class TestSharding:
 
     @pytest.mark.parametrize(("sync", "count"), [(False, 1), (True, 2)])
     @pytest.mark.parametrize("micro_batches", [1, 2])
+    @pytest.mark.optimized
     def test_communicates_one_gradient_and_one_more_where_synced(self, sync, count, micro_batches):
         """Read in the compiled program, where a loop's body stands once."""
         line = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
@@ -359,6 +360,7 @@ class TestSharding:
         varying = lambda w, x, y: sam(jax.lax.pcast(w, "data", to="varying"), x, y)
         assert_close(self.mapped(varying)(w, x, y), expected)
 
+    @pytest.mark.optimized
     def test_sharded_batch_and_params_under_jit(self):
         """No axis name: the gradient of the whole batch; micro-batches stay on their devices."""
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

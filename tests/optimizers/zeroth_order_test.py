@@ -255,6 +255,7 @@ def on_machines(mesh, batches):
 
 class TestClaims:
     @pytest.mark.claim("just-one-byte-zeroth-order")
+    @pytest.mark.optimized
     def test_machines_that_exchange_one_byte_per_sample_learn_and_stay_bit_identical(self):
         """Four machines with data of their own: after 100 steps each has the same bits, the bits
         of one process that knows but the bytes. All that the compiled step moves between them is
@@ -476,6 +477,7 @@ class TestTransformations:
         assert 0.05 * np.exp(-3) / 8 * 3 < 2**-9  # three deviations of a single step
         assert np.mean(ours != 1) > 0.2
 
+    @pytest.mark.optimized
     def test_sharded_parameters_keep_their_bits_and_their_sharding(self):
         mesh = jax.make_mesh((8,), ("rows",))
         rows = NamedSharding(mesh, P("rows"))
@@ -500,6 +502,7 @@ class TestTransformations:
         assert bits_of(byte) != bits_of(ours)
         chex.assert_trees_all_close(byte, ours, atol=0.02)
 
+    @pytest.mark.optimized
     def test_memory_does_not_grow_with_the_messages(self):
         """The update holds a few leaves, not a perturbation per message or a second tree."""
         params = {str(i): jax.ShapeDtypeStruct((2**16,), jnp.float32) for i in range(12)}

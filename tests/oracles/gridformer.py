@@ -160,20 +160,23 @@ def boundary():
 
 
 def margin_loss():
-    logits = torch.tensor([-30.0, -2.0, -0.3, 0.0, 0.7, 2.0, 9.0])
+    logits = torch.tensor([-30.0, -2.0, -0.3, 0.0, 0.7, 2.0, 9.0], dtype=torch.float64)
     losses, gradients = [], []
     for margin in (0.0, 2.0):
         for target in (0.0, 1.0):
             for logit in logits:
                 z = logit.clone().reshape(1, 1).requires_grad_()
                 trainer = Trainer(lambda p, inputs, logits, z=z: z, None, None, device="cpu")
-                data = {"points": torch.zeros(1, 1, 3), "points.occ": torch.full((1, 1), target)}
+                data = {
+                    "points": torch.zeros(1, 1, 3),
+                    "points.occ": torch.full((1, 1), target).double(),
+                }
                 loss = trainer.compute_loss(data, margin)
                 losses.append(loss.item())
                 gradients.append(torch.autograd.grad(loss, z)[0].item())
     shape = (2, 2, len(logits))  # margins, targets, logits
     return {
-        "margin_logits": logits.numpy(),
+        "margin_logits": logits.float().numpy(),
         "margin_losses": np.reshape(losses, shape).astype(np.float32),
         "margin_gradients": np.reshape(gradients, shape).astype(np.float32),
     }

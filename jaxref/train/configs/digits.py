@@ -1,5 +1,5 @@
-"""An image classifier on scikit-learn's handwritten digits: about 98% right, in a dozen seconds on
-two CPU cores."""
+"""An image classifier on scikit-learn's handwritten digits: 99% right after some twenty seconds on
+two CPU cores, most of which go into compiling."""
 
 from ml_collections import ConfigDict
 
