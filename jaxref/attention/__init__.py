@@ -47,6 +47,10 @@ from jaxref.attention.positions import (
     rotary_embedding,
     sinusoidal_position_embedding,
 )
+from jaxref.attention.query_key import (
+    query_key_reparameterization,
+    query_key_reparameterized_attention,
+)
 from jaxref.attention.stability import normalize_query_key, query_key_norm_attention
 from jaxref.attention.static_mixing import (
     CausalPairState,
@@ -65,6 +69,8 @@ __all__ = [
     "alibi_slopes",
     "harmonic_alibi_bias",
     "rope_alibi_attention",
+    "query_key_reparameterization",
+    "query_key_reparameterized_attention",
     "normalize_query_key",
     "query_key_norm_attention",
     "attention_probabilities",

@@ -8,7 +8,6 @@ import pytest
 
 from jaxref.train.config import load_config
 from jaxref.train.images import load_images
-from jaxref.train.records import plot_predictions, save_prediction_plot
 
 TRAIN, TEST = 10, 4
 
@@ -279,38 +278,3 @@ class TestBatches:
         frequencies = np.bincount(digits.validation_labels) / 359
         entropy = -np.sum(frequencies * np.log(frequencies))
         np.testing.assert_allclose(baselines["class frequencies"], entropy)
-
-
-class TestPredictionPlot:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 10, 50)
-    predicted = np.where(np.isin(np.arange(50), [7, 20]), (labels + 1) % 10, labels)
-
-    def test_mistakes_come_first_and_in_red(self):
-        images = self.rng.normal(size=(50, 4, 4, 1))
-        figure = plot_predictions(images, self.labels, self.predicted, most=12)
-        shown = [panel for panel in figure.axes if panel.images]
-        titles = [panel.get_title() for panel in shown]
-        wrong = [f"{self.predicted[i]}, not {self.labels[i]}" for i in (7, 20)]
-        assert titles == wrong + [str(label) for label in np.delete(self.labels, [7, 20])[:10]]
-        assert [panel.title.get_color() == "tab:red" for panel in shown] == [True] * 2 + [
-            False
-        ] * 10
-        assert figure.get_suptitle() == "2 of 50 held-out images taken for another class"
-        pixels = np.asarray(shown[1].images[0].get_array())
-        expected = (images[20, ..., 0] - images.min()) / np.ptp(images)
-        np.testing.assert_allclose(pixels, expected, rtol=1e-6)
-
-    def test_fewer_images_than_places_colours_and_a_constant(self):
-        images = np.stack([np.full((4, 4, 3), 2.0)] * 3)
-        figure = plot_predictions(images, self.labels[:3], self.labels[:3])
-        shown = [panel for panel in figure.axes if panel.images]
-        assert len(shown) == 3
-        assert shown[0].images[0].get_array().shape == (4, 4, 3)
-
-    def test_picture(self, tmp_path):
-        images = self.rng.normal(size=(50, 4, 4, 1))
-        path = save_prediction_plot(tmp_path, images, self.labels, self.predicted)
-        assert path == tmp_path / "predictions.png"
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert [file.name for file in tmp_path.iterdir()] == ["predictions.png"]

@@ -8,10 +8,12 @@ import pytest
 from flax import nnx
 
 from jaxref import losses
+from jaxref.nn import AuxiliaryLoss, GradientState
 from jaxref.optimizers import ScaleByAdamState
+from jaxref.parallel import make_mesh
 from jaxref.train.config import ConfigError
 from jaxref.train.methods.frame import Problem
-from jaxref.train.program import build, build_loss, build_method, build_schedule
+from jaxref.train.program import build, build_loss, build_method, build_schedule, split_model
 
 SGD = ("optimizer.name=sgd", "schedule.name=constant_schedule", "schedule.value=0.5")
 
@@ -36,6 +38,13 @@ def take(program, steps, state=None, batch=random_batch):
         state, metrics = program.step(state, program.put(batch(i)))
         history.append(metrics)
     return state, history
+
+
+def on_one_device(config):
+    with pytest.MonkeyPatch.context() as patch:
+        mesh = lambda sizes: make_mesh(sizes, jax.devices()[:1])
+        patch.setitem(build.__globals__, "make_mesh", mesh)
+        return build(config, 256)
 
 
 def copied(tree):
@@ -264,6 +273,210 @@ class TestEvaluate:
         assert_close(nats, expected[batch["where"]].sum(), rtol=1e-5)
 
 
+# Statistics that the forward pass moves, and some that the backward pass does.
+STATISTICS = (
+    "model.norm.name=power_norm",
+    "model.norm.warmup_steps=1",
+    "model.final_norm.name=batch_norm",
+)
+
+
+def cross_entropy(logits, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+
+
+def step_by_calls(model, batches, parts):
+    """Gradient descent at rate 0.5, each batch in parts, by nothing but calls of the model."""
+
+    @nnx.jit
+    def gradient(model, batch):
+        mean_loss = lambda model: cross_entropy(model(batch["inputs"]), batch).mean()
+        differentiated = nnx.DiffState(0, nnx.Any(nnx.Param, GradientState))
+        both = nnx.grad(mean_loss, argnums=differentiated)(model)
+        gradient, following = nnx.split_state(both, nnx.Param, GradientState)
+        nnx.update(model, following)
+        return gradient
+
+    for batch in batches:
+        rows = lambda i, batch=batch: {name: array[i::parts] for name, array in batch.items()}
+        gradients = [gradient(model, rows(i)) for i in range(parts)]
+        descend = lambda p, *g: p - 0.5 * sum(g) / parts
+        nnx.update(model, jax.tree.map(descend, nnx.state(model, nnx.Param), *gradients))
+
+
+class TestModelState:
+    @pytest.fixture(scope="class")
+    def program(self, tiny_config):
+        return on_one_device(tiny_config(*STATISTICS, *SGD, "clip_norm=0"))
+
+    @pytest.mark.parametrize("parts", [1, 2])
+    def test_it_moves_as_calls_of_the_model_move_it(self, tiny_config, program, parts):
+        if parts > 1:
+            accumulate = f"accumulate={parts}"
+            program = on_one_device(tiny_config(*STATISTICS, *SGD, "clip_norm=0", accumulate))
+        before = copied(program.init(jax.random.key(0)))
+        after, _ = take(program, 2, copied(before))
+        model = program.merge(before.params, before.model_state)
+        step_by_calls(model, [random_batch(0), random_batch(1)], parts)
+        _, params, backward, _, statistics = map(nnx.to_pure_dict, split_model(model)[1:])
+        assert_close(after.params, params, rtol=1e-4, atol=1e-5)
+        assert_close(after.model_state.statistics, statistics, rtol=1e-4, atol=1e-5)
+        assert_close(after.model_state.backward, backward, rtol=1e-3, atol=1e-6)
+        norm = after.model_state.statistics["blocks"][0]["mlp"]["input_norm"]["state"]
+        assert norm["step"] == 2 * parts
+        moved = difference(after.model_state, before.model_state)
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(moved))
+
+    def test_evaluation_uses_it_and_leaves_it(self, program):
+        state, _ = take(program, 2)
+        batch = random_batch(5) | {"where": np.ones((8, 16), bool)}
+        before = copied(state.model_state)
+        nats, count, _ = program.evaluate(state.params, program.put(batch), state.model_state)
+        assert_same_bits(state.model_state, before)
+        model = program.model(state.params, state.model_state)
+        alone = [model(row[None])[0] for row in batch["inputs"]]  # no row sees another
+        assert_close(nats / count, cross_entropy(jnp.stack(alone), batch).mean(), rtol=1e-5)
+        fresh = program.init(jax.random.key(0)).model_state
+        other, *_ = program.evaluate(state.params, program.put(batch), fresh)
+        assert abs(other - nats) > 1
+
+    def test_a_step_that_is_not_finite_leaves_it(self, program):
+        state, _ = take(program, 1)
+        state.params["output"]["kernel"] = jnp.full_like(state.params["output"]["kernel"], np.nan)
+        before = copied(state.model_state)
+        state, _ = program.step(state, program.put(random_batch(1)))
+        assert state.nonfinite == 1
+        assert_same_bits(state.model_state, before)
+        flags = program.nonfinite_parameters(state, program.put(random_batch(1)))
+        assert sum(map(bool, jax.tree.leaves(flags[0]))) == 1
+
+    def test_on_eight_devices_it_is_that_of_the_whole_batch(self, tiny_config, program):
+        expected, _ = take(program, 2)
+        spread = build(tiny_config(*STATISTICS, *SGD, "clip_norm=0", "mesh.data=8"), 256)
+        state, _ = take(spread, 2)
+        assert spread.mesh.size == 8
+        assert_close(state.model_state.statistics, expected.model_state.statistics, rtol=1e-4)
+        assert_close(
+            state.model_state.backward, expected.model_state.backward, rtol=1e-3, atol=1e-6
+        )
+        assert_close(state.params, expected.params, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("method", ["sam", "mesa"])
+    def test_methods_of_their_own_losses_say_that_they_cannot_move_it(
+        self, tiny_config, devices, method
+    ):
+        program = build(tiny_config(*STATISTICS, f"optimizer.name={method}"), 256)
+        message = (
+            f"optimizer.name={method} evaluates the loss in its own way and cannot move the "
+            "statistics that model.name=Transformer keeps; choose a norm without statistics, or "
+        )
+        with pytest.raises(ConfigError, match=message):
+            take(program, 1)
+
+
+class TestAuxiliaryLoss:
+    EXPERTS = ("model.mlp.name=MixtureOfExperts", "model.mlp.balance_coefficient=10.0")
+
+    @pytest.mark.parametrize("scan", ["false", "true"])
+    def test_is_part_of_the_training_loss_alone(self, tiny_config, devices, scan):
+        layers = ("model.num_layers=2", f"model.scan_layers={scan}")
+        program = build(tiny_config(*self.EXPERTS, *layers, "clip_norm=0"), 256)
+        state = program.init(jax.random.key(0))
+        batch = random_batch(0)
+
+        @jax.jit
+        def parts(params):
+            model = program.merge(params, state.model_state)
+            losses = cross_entropy(model(batch["inputs"], key=jax.random.key(0)), batch)
+            return losses.mean(), jax.tree.leaves(nnx.state(model, AuxiliaryLoss))
+
+        task, owed = parts(state.params)
+        auxiliary = sum(jnp.sum(term) for term in owed)
+        assert auxiliary > 10  # at least 1 each, times the coefficient
+        where = {"where": np.ones((8, 16), bool)}
+        nats, count, _ = program.evaluate(state.params, program.put(batch | where))
+        _, [metrics] = take(program, 1, state)
+        assert_close(metrics.loss, task + auxiliary, rtol=1e-3)  # the router draws other noise
+        assert abs(nats / count - task) < 0.5
+
+    def test_methods_that_read_logits_say_that_they_would_leave_it_out(self, tiny_config, devices):
+        program = build(tiny_config(*self.EXPERTS, "optimizer.name=mesa"), 256)
+        with pytest.raises(ConfigError, match=r"mesa reads logits and would leave out the auxili"):
+            take(program, 1)
+
+
+class TestImages:
+    """A run on random images of 4 x 4 pixels in three classes."""
+
+    OVERRIDES = (
+        "model.name=VisionTransformer",
+        "model.patch_size=2",
+        "model.num_layers=1",
+        "model.features=8",
+        "model.num_heads=2",
+        "model.mlp_features=8",
+        "loss.name=softmax_cross_entropy_with_integer_labels",
+        "optimizer.name=lion",
+    )
+
+    def program(self, tiny_config, *overrides):
+        config = tiny_config(*self.OVERRIDES, *overrides)
+        return build(config, num_examples=8, image_shape=(4, 4, 1), num_classes=3)
+
+    @staticmethod
+    def batch(seed):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, 3, 8, np.int32)
+        images = rng.normal(labels[:, None, None, None], 0.1, (8, 4, 4, 1)).astype(np.float32)
+        return {"inputs": images, "targets": labels, "ids": np.arange(8, dtype=np.int32)}
+
+    def test_it_learns_and_counts_what_is_right(self, tiny_config, devices):
+        program = self.program(tiny_config, "steps=30", "schedule.peak_value=3e-2")
+        state, history = take(program, 30, batch=self.batch)
+        assert history[-1].loss < history[0].loss / 2
+        state, _ = take(program, 3, batch=self.batch)  # not all are right yet
+        batch = self.batch(99) | {"where": np.arange(8) < 6}
+        nats, count, correct = program.evaluate(state.params, program.put(batch))
+        logits = program.model(state.params)(batch["inputs"])
+        assert_close(nats, cross_entropy(logits, batch)[:6].sum(), rtol=1e-5)
+        assert count == 6
+        assert correct == np.sum((logits.argmax(-1) == batch["targets"])[:6])
+
+    def test_rows_are_weighed_by_the_part_of_the_data_that_they_are_from(
+        self, tiny_config, devices
+    ):
+        program = self.program(tiny_config, "optimizer.name=scalebio", "optimizer.num_sources=2")
+        state, history = take(program, 2, batch=self.batch)
+        assert np.isfinite(history[-1].loss)
+        assert state.opt_state.outer_params.shape == (2,)
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (
+                ["model.name=Transformer"],
+                r"model.name=Transformer is not a model of images, which data.name=text:.* is: it "
+                r"takes no image_shape and no num_classes",
+            ),
+            (
+                ["loss.name=linear_softmax_cross_entropy"],
+                r"loss.name=linear_softmax_cross_entropy reads the hidden states of a language "
+                r"model, and model.name=VisionTransformer is none; choose a loss of logits",
+            ),
+            (["model.patch_size=3"], r"patch_size"),
+            (["model.num_classes=3"], r"model.num_classes follows from the data"),
+        ],
+    )
+    def test_what_cannot_be_is_named(self, tiny_config, devices, overrides, message):
+        with pytest.raises(ValueError, match=message):
+            self.program(tiny_config, *overrides)
+
+    def test_models_of_images_do_not_read_text(self, tiny_config, devices):
+        message = r"model.name=ResNet is not a model of text, .* no vocab_size and no max_length"
+        with pytest.raises(ConfigError, match=message):
+            build(tiny_config("model.name=ResNet"), 256)
+
+
 class TestComponents:
     @pytest.mark.parametrize(
         ("loss", "others", "expected"),
@@ -415,14 +628,7 @@ class TestMesh:
 
         def outcome(*overrides):
             if overrides not in outcomes:
-                with pytest.MonkeyPatch.context() as patch:
-                    make_mesh = build.__globals__["make_mesh"]
-                    patch.setitem(
-                        build.__globals__,
-                        "make_mesh",
-                        lambda sizes: make_mesh(sizes, jax.devices()[:1]),
-                    )
-                    program = build(tiny_config("steps=20", *overrides), 256)
+                program = on_one_device(tiny_config("steps=20", *overrides))
                 outcomes[overrides] = take(program, 20, batch=repeated_batch)
             return outcomes[overrides]
 
