@@ -41,8 +41,8 @@ class Sublayer(nnx.Module):
 
     def __init__(self, function: Callable[..., Any], config: TransformerConfig, placement: str):
         norm = partial(stream_norm, config.norm, config)
-        self.function = function
-        self.input_norm = norm() if placement in ("pre", "peri", "sandwich") else None
+        self.function: Any = function
+        self.input_norm: Any = norm() if placement in ("pre", "peri", "sandwich") else None
         self.output_norm = norm() if placement in ("peri", "sandwich") else None
         self.stream_norm = norm() if placement in ("post", "deep_norm") else None
         self.alpha = deep_norm_alpha(config.num_layers) if placement == "deep_norm" else None
@@ -100,8 +100,8 @@ class Block(nnx.Module):
     ):
         types: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         inits = _initializers(config, placement)
-        linear = {"linear": _linear(config), "use_bias": config.use_bias}
-        heads = {
+        linear: dict[str, Any] = {"linear": _linear(config), "use_bias": config.use_bias}
+        heads: dict[str, Any] = {
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "query_key_norm": config.query_key_norm,
@@ -120,7 +120,7 @@ class Block(nnx.Module):
             config,
             placement,
         )
-        self.cross = (
+        self.cross: Any = (
             Sublayer(
                 MultiHeadAttention(
                     config.features,
@@ -318,12 +318,13 @@ def run_blocks(
     Returns:
       The stream, and the new caches.
     """
-    outputs, first = [], 0
+    outputs: list[Any] = []
+    first = 0
     for block, cache in zip(blocks, caches or [None] * len(blocks)):
         if block.depth is not None:
             layers = slice(first, first + block.depth)
             index = np.arange(first + 1, first + block.depth + 1)
-            inputs = (None if keys is None else keys[layers], index, cache)
+            inputs: Any = (None if keys is None else keys[layers], index, cache)
             x, output = _run_apart(block, x, call, inputs, remat=remat, scan=True)
         elif remat:
             inputs = (None if keys is None else keys[first], first + 1, cache)
@@ -350,18 +351,18 @@ def _run_apart(
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=not scan)
-    run = partial(jax.lax.scan, step) if scan else step
-    x, (state, output) = run(x, (params, state, inputs))
-    if jax.tree.leaves(state):
-        nnx.update(block, state)
+    run: Any = partial(jax.lax.scan, step) if scan else step
+    x, (moved, output) = run(x, (params, state, inputs))
+    if jax.tree.leaves(moved):
+        nnx.update(block, moved)
     return x, output
 
 
 class _Initializers(NamedTuple):
     """Initializers of a layer's maps, as keywords of its attention and of its MLP."""
 
-    attention: dict[str, Initializer]
-    mlp: dict[str, Initializer]
+    attention: dict[str, Any]
+    mlp: dict[str, Any]
 
 
 def _initializers(config: TransformerConfig, placement: str) -> _Initializers:
@@ -424,7 +425,8 @@ def _mlp(config: TransformerConfig, inits: dict[str, Initializer], rngs: nnx.Rng
 
 
 def _position_options(config: TransformerConfig) -> dict[str, Any]:
-    kind, options = config.positions or "", {}
+    kind = config.positions or ""
+    options: dict[str, Any] = {}
     if "rotary" in kind:
         options |= {"rotary_base": config.rotary_base, "rotary_fraction": config.rotary_fraction}
     if "alibi" in kind:

@@ -386,7 +386,10 @@ def _fold_norms(
     def taken_over(norm: Norm, linear: Linear) -> tuple[Array, Array | None]:
         return fold(norm)(linear.kernel[...], _value(linear.bias))
 
-    def assign(linear: Linear, kernel: Array, bias: Array | None, leading: tuple[Any, ...]) -> None:
+    def assign(
+        linear: Linear, made: tuple[Array, Array | None], leading: tuple[str, ...] = ()
+    ) -> None:
+        kernel, bias = made
         linear.kernel.set_value(kernel)
         if bias is None:
             return
@@ -402,8 +405,8 @@ def _fold_norms(
         for sublayer in (block.attention, block.mlp):
             for reader in readers(sublayer.function):
                 made = _of_each(block, taken_over, sublayer.input_norm, reader)
-                assign(reader, *made, () if block.depth is None else ("layers",))
-    assign(model.output, *taken_over(model.final_norm, model.output), ())
+                assign(reader, made, () if block.depth is None else ("layers",))
+    assign(model.output, taken_over(model.final_norm, model.output))
 
 
 def _of_each(block: Block, function: Callable[..., Any], *modules: Any) -> Any:

@@ -65,7 +65,7 @@ def sample_tokens(
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     greedy = jnp.argmax(logits, axis=-1)
     if key is None:
-        if isinstance(temperature, jax.core.Tracer) or np.any(np.asarray(temperature) > 0):
+        if isinstance(temperature, jax.core.Tracer) or np.any(np.asarray(temperature, float) > 0):
             raise ValueError("key must be given at a temperature above 0, got None")
         return greedy
     safe = jnp.where(jnp.asarray(temperature) > 0, temperature, 1.0)
@@ -73,7 +73,7 @@ def sample_tokens(
     if top_k and top_k < logits.shape[-1]:
         last = jax.lax.top_k(scaled, top_k)[0][..., -1:]
         scaled = jnp.where(scaled >= last, scaled, -jnp.inf)
-    if isinstance(top_p, jax.core.Tracer) or top_p < 1:
+    if isinstance(top_p, jax.core.Tracer) or np.any(np.asarray(top_p, float) < 1):
         ordered = jnp.flip(jnp.sort(scaled, axis=-1), axis=-1)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -205,7 +205,7 @@ def _generate(
     model.eval()
     batch, n = prompts.shape
 
-    def draw(hidden: Array, step: Array) -> Array:
+    def draw(hidden: Array, step: Array | int) -> Array:
         return sample_tokens(
             model.logits(hidden),
             jax.random.fold_in(key, step),

@@ -160,16 +160,14 @@ def gpt2_config(**sizes: Any) -> TransformerConfig:
 
     Reference: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
     """
-    return TransformerConfig(
-        **{
-            "norm": partial(layer_norm, epsilon=_EPSILON),
-            "positions": "learned",
-            "use_bias": True,
-            "activation": jax.nn.gelu,
-            "tie_embeddings": True,
-        }
-        | sizes
-    )
+    defaults: dict[str, Any] = {
+        "norm": partial(layer_norm, epsilon=_EPSILON),
+        "positions": "learned",
+        "use_bias": True,
+        "activation": jax.nn.gelu,
+        "tie_embeddings": True,
+    }
+    return TransformerConfig(**defaults | sizes)
 
 
 def _sizes(config: TransformerConfig) -> dict[str, int]:

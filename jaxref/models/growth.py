@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,18 +160,21 @@ def grow_transformer(
     exact norms and the identity layers are ours.
     """
     old = model.config
-    sizes = {
-        "num_layers": num_layers or old.num_layers,
-        "features": features or old.features,
-        "num_heads": num_heads or old.num_heads,
-        "mlp_features": mlp_features or old.mlp_features,
+    given = {
+        "num_layers": num_layers,
+        "features": features,
+        "num_heads": num_heads,
+        "mlp_features": mlp_features,
+    }
+    sizes: dict[str, Any] = {
+        name: getattr(old, name) if size is None else size for name, size in given.items()
     }
     for name, size in sizes.items():
         check_interval(getattr(old, name), jnp.inf, **{name: size})
     check_interval(0, jnp.inf, new_scale=new_scale)
     _check_form(model, sizes["features"], exact_norm)
     share = old.features / sizes["features"]
-    norm = old.norm
+    norm: Any = old.norm
     if exact_norm and share < 1:
         epsilon = getattr(norm, "keywords", {}).get("epsilon", 1e-6)
         norm = partial(norm, epsilon=epsilon * share)
@@ -233,6 +237,11 @@ def _check_form(model: Transformer, features: int, exact_norm: bool) -> None:
             linears = [*readers(sublayer.function), writer(sublayer.function)]
             if any(type(linear) is not Linear for linear in linears):
                 raise ValueError("model must have plain linear maps")
+    if exact_norm and features > config.features and model.final_norm.scale is None:
+        raise ValueError(
+            "model must have norms with a gain, which makes up for channels that are 0; "
+            "exact_norm=False grows it approximately"
+        )
     centres = exact_norm and component_class(config.norm) is layer_norm
     if centres and config.tie_embeddings and features > config.features:
         raise ValueError(
@@ -251,7 +260,7 @@ def _kv_heads(config: TransformerConfig, num_heads: int) -> int | None:
     return num_heads // groups
 
 
-def _grow_linear(new: Linear, old: Linear, key: Array, new_scale: float) -> None:
+def _grow_linear(new: Any, old: Any, key: Array, new_scale: float) -> None:
     """The new map with the old one inside, by `pad_kernel`; heads lie behind each other."""
     rows, columns = math.prod(old.in_features), math.prod(old.out_features)
     kernel = pad_kernel(
@@ -265,13 +274,13 @@ def _grow_linear(new: Linear, old: Linear, key: Array, new_scale: float) -> None
     if old.bias is not None:
         bias = jnp.zeros(math.prod(new.out_features), old.bias.dtype)
         bias = bias.at[:columns].set(old.bias[...].reshape(-1))
-        new.bias[...] = bias.reshape(new.bias.shape)
+        new.bias.set_value(bias.reshape(new.bias.shape))
 
 
 def _grow_norm(new: Norm, old: Norm, exact: bool) -> None:
-    width = old.scale.shape[0] if old.scale is not None else None
-    if width is None:
+    if old.scale is None:
         return
+    width = old.scale.shape[0]
     scale, _ = rescale_norm_for_padding(old.scale[...], 0.0, width, new.scale.shape[0])
     new.scale[...] = scale if exact else new.scale[...].at[:width].set(old.scale[...])
     if old.bias is not None:

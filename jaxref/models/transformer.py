@@ -252,6 +252,7 @@ class Transformer(nnx.Module):
                 **types,
             )
 
+        self.embed: Any
         if config.stable_embedding:
             self.embed = StableEmbedding(
                 config.vocab_size,
@@ -264,17 +265,17 @@ class Transformer(nnx.Module):
             std = config.features**-0.5 if config.tie_embeddings else 1.0
             self.embed = table(config.vocab_size, "vocabulary", std)
         learned = config.positions == "learned"
-        self.positions = table(config.max_length, None, 0.02) if learned else None
+        self.positions: Any = table(config.max_length, None, 0.02) if learned else None
         self.embed_norm = norm(config.norm) if config.norm_placement == "peri" else None
         encodes = config.architecture == "encoder_decoder"
         self.encoder = nnx.List(_make_blocks(config, rngs, cross=False)) if encodes else None
         self.blocks = nnx.List(_make_blocks(config, rngs, cross=encodes))
         ends_in_norm = config.norm_placement not in ("post", "deep_norm")
-        self.final_norm = norm(config.final_norm or config.norm) if ends_in_norm else None
+        self.final_norm: Any = norm(config.final_norm or config.norm) if ends_in_norm else None
         self.source_norm = (
             norm(config.final_norm or config.norm) if ends_in_norm and encodes else None
         )
-        self.output = (
+        self.output: Any = (
             None
             if config.tie_embeddings
             else Linear(

@@ -147,6 +147,7 @@ class ScaledFusedMLP(nnx.Module):
         if gated or use_bias or activation is not jax.nn.gelu:
             raise ValueError("gated, use_bias and activation have no meaning in ScaledFusedMLP")
         init = output_init or kernel_init
+        given: dict[str, Any] = {} if init is None else {"kernel_init": init}
         self.map = Linear(
             features,
             features,
@@ -154,7 +155,7 @@ class ScaledFusedMLP(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
-            **({} if init is None else {"kernel_init": init}),
+            **given,
         )
         self.alpha = nnx.Param(jnp.ones((), param_dtype), axes=())
         self.beta = nnx.Param(jnp.ones((), param_dtype), axes=())

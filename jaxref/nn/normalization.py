@@ -48,6 +48,9 @@ class Norm(nnx.Module):
       (True, (2, 4))
     """
 
+    scale: Any
+    bias: Any
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -68,7 +71,8 @@ class Norm(nnx.Module):
             setattr(self, name, parameter)
         self.use_running_average = False
         self._takes_where = "where" in asked
-        self._state_type, self.state = None, None
+        self._state_type: Any = None
+        self.state: Any = None
         if "state" in asked:
             state = (init or _known_init(function))(features)
             self._state_type = type(state)

@@ -169,10 +169,11 @@ class Validation:
             self._program.evaluate(params, self._program.put(batch), state.model_state)
             for batch in self._batches
         ]
-        nats, count = sum(float(s.nats) for s in sums), sum(float(s.count) for s in sums)
-        measured = {"loss": nats / count}
+        total = [sum(float(x) for x in column if x is not None) for column in zip(*sums)]
+        nats, examples, correct = total
+        measured = {"loss": nats / examples}
         if sums[0].correct is not None:
-            measured["accuracy"] = sum(float(s.correct) for s in sums) / count
+            measured["accuracy"] = correct / examples
         return measured
 
     def loss(self, state: TrainState) -> float:

@@ -82,13 +82,13 @@ class Evaluation(NamedTuple):
 
     Attributes:
       nats: cross-entropy, whatever the training loss, summed.
-      count: of the tokens, or images, that it is the sum over.
+      examples: how many tokens, or images, it is the sum over.
       correct: how many of them the model's most probable class is right for; None for tokens,
         whose logits are never formed.
     """
 
     nats: Array
-    count: Array
+    examples: Array
     correct: Array | None
 
 

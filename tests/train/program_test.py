@@ -11,7 +11,7 @@ from jaxref import losses
 from jaxref.nn import AuxiliaryLoss, GradientState
 from jaxref.optimizers import ScaleByAdamState
 from jaxref.parallel import make_mesh
-from jaxref.train.config import ConfigError
+from jaxref.train.config import ConfigError, load_config
 from jaxref.train.methods.frame import Problem
 from jaxref.train.program import build, build_loss, build_method, build_schedule, split_model
 
@@ -38,6 +38,11 @@ def take(program, steps, state=None, batch=random_batch):
         state, metrics = program.step(state, program.put(batch(i)))
         history.append(metrics)
     return state, history
+
+
+def trace_step(program, batch):
+    """Raises what the first step would raise."""
+    return jax.eval_shape(program.step, program.abstract_state, batch)
 
 
 def on_one_device(config):
@@ -334,8 +339,8 @@ class TestModelState:
         nats, count, _ = program.evaluate(state.params, program.put(batch), state.model_state)
         assert_same_bits(state.model_state, before)
         model = program.model(state.params, state.model_state)
-        alone = [model(row[None])[0] for row in batch["inputs"]]  # no row sees another
-        assert_close(nats / count, cross_entropy(jnp.stack(alone), batch).mean(), rtol=1e-5)
+        alone = jax.jit(jax.vmap(lambda row: model(row[None])[0]))  # no row sees another
+        assert_close(nats / count, cross_entropy(alone(batch["inputs"]), batch).mean(), rtol=1e-5)
         fresh = program.init(jax.random.key(0)).model_state
         other, *_ = program.evaluate(state.params, program.put(batch), fresh)
         assert abs(other - nats) > 1
@@ -371,16 +376,16 @@ class TestModelState:
             "statistics that model.name=Transformer keeps; choose a norm without statistics, or "
         )
         with pytest.raises(ConfigError, match=message):
-            take(program, 1)
+            trace_step(program, random_batch(0))
 
 
 class TestAuxiliaryLoss:
     EXPERTS = ("model.mlp.name=MixtureOfExperts", "model.mlp.balance_coefficient=10.0")
 
-    @pytest.mark.parametrize("scan", ["false", "true"])
-    def test_is_part_of_the_training_loss_alone(self, tiny_config, devices, scan):
-        layers = ("model.num_layers=2", f"model.scan_layers={scan}")
-        program = build(tiny_config(*self.EXPERTS, *layers, "clip_norm=0"), 256)
+    def test_is_part_of_the_training_loss_alone(self, tiny_config, devices):
+        """Of layers that are stacked in one, each owes its own."""
+        layers = ("model.num_layers=2", "model.scan_layers=true")
+        program = build(tiny_config(*self.EXPERTS, *layers), 256)
         state = program.init(jax.random.key(0))
         batch = random_batch(0)
 
@@ -390,37 +395,35 @@ class TestAuxiliaryLoss:
             losses = cross_entropy(model(batch["inputs"], key=jax.random.key(0)), batch)
             return losses.mean(), jax.tree.leaves(nnx.state(model, AuxiliaryLoss))
 
-        task, owed = parts(state.params)
-        auxiliary = sum(jnp.sum(term) for term in owed)
-        assert auxiliary > 10  # at least 1 each, times the coefficient
+        task, [owed] = parts(state.params)
+        assert owed.shape == (2,)
+        assert np.all(owed > 9)  # about 1 each, times the coefficient
         where = {"where": np.ones((8, 16), bool)}
         nats, count, _ = program.evaluate(state.params, program.put(batch | where))
         _, [metrics] = take(program, 1, state)
-        assert_close(metrics.loss, task + auxiliary, rtol=1e-3)  # the router draws other noise
-        assert abs(nats / count - task) < 0.5
+        assert_close(metrics.loss, task + owed.sum(), atol=0.2)  # the router draws other noise
+        assert_close(nats / count, task, atol=0.2)
 
     def test_methods_that_read_logits_say_that_they_would_leave_it_out(self, tiny_config, devices):
         program = build(tiny_config(*self.EXPERTS, "optimizer.name=mesa"), 256)
         with pytest.raises(ConfigError, match=r"mesa reads logits and would leave out the auxili"):
-            take(program, 1)
+            trace_step(program, random_batch(0))
 
 
 class TestImages:
     """A run on random images of 4 x 4 pixels in three classes."""
 
-    OVERRIDES = (
+    VIT = (
         "model.name=VisionTransformer",
         "model.patch_size=2",
         "model.num_layers=1",
         "model.features=8",
         "model.num_heads=2",
         "model.mlp_features=8",
-        "loss.name=softmax_cross_entropy_with_integer_labels",
-        "optimizer.name=lion",
     )
 
-    def program(self, tiny_config, *overrides):
-        config = tiny_config(*self.OVERRIDES, *overrides)
+    def program(self, *overrides):
+        config = load_config("configs/digits.py", ["batch_size=8", *overrides])
         return build(config, num_examples=8, image_shape=(4, 4, 1), num_classes=3)
 
     @staticmethod
@@ -430,24 +433,22 @@ class TestImages:
         images = rng.normal(labels[:, None, None, None], 0.1, (8, 4, 4, 1)).astype(np.float32)
         return {"inputs": images, "targets": labels, "ids": np.arange(8, dtype=np.int32)}
 
-    def test_it_learns_and_counts_what_is_right(self, tiny_config, devices):
-        program = self.program(tiny_config, "steps=30", "schedule.peak_value=3e-2")
-        state, history = take(program, 30, batch=self.batch)
-        assert history[-1].loss < history[0].loss / 2
-        state, _ = take(program, 3, batch=self.batch)  # not all are right yet
+    def test_it_learns_and_counts_what_is_right(self, devices):
+        program = self.program(*self.VIT, "steps=30", "schedule.peak_value=0.1")
+        state, history = take(program, 5, batch=self.batch)
         batch = self.batch(99) | {"where": np.arange(8) < 6}
         nats, count, correct = program.evaluate(state.params, program.put(batch))
-        logits = program.model(state.params)(batch["inputs"])
+        logits = jax.jit(program.model(state.params))(batch["inputs"])
         assert_close(nats, cross_entropy(logits, batch)[:6].sum(), rtol=1e-5)
         assert count == 6
         assert correct == np.sum((logits.argmax(-1) == batch["targets"])[:6])
+        assert correct < 6
+        _, more = take(program, 25, state, batch=self.batch)
+        assert more[-1].loss < history[0].loss / 2
 
-    def test_rows_are_weighed_by_the_part_of_the_data_that_they_are_from(
-        self, tiny_config, devices
-    ):
-        program = self.program(tiny_config, "optimizer.name=scalebio", "optimizer.num_sources=2")
-        state, history = take(program, 2, batch=self.batch)
-        assert np.isfinite(history[-1].loss)
+    def test_rows_are_weighed_by_the_part_of_the_data_that_they_are_from(self, devices):
+        sources = ("optimizer.name=scalebio", "optimizer.num_sources=2")
+        state, _ = trace_step(self.program(*self.VIT, *sources), self.batch(0))
         assert state.opt_state.outer_params.shape == (2,)
 
     @pytest.mark.parametrize(
@@ -455,26 +456,29 @@ class TestImages:
         [
             (
                 ["model.name=Transformer"],
-                r"model.name=Transformer is not a model of images, which data.name=text:.* is: it "
+                r"model.name=Transformer is not a model of images, which data.name=digits is: it "
                 r"takes no image_shape and no num_classes",
             ),
             (
                 ["loss.name=linear_softmax_cross_entropy"],
                 r"loss.name=linear_softmax_cross_entropy reads the hidden states of a language "
-                r"model, and model.name=VisionTransformer is none; choose a loss of logits",
+                r"model, and model.name=ResNet is none; choose a loss of logits",
             ),
-            (["model.patch_size=3"], r"patch_size"),
+            (["model.depth=3"], r"depth must be one of .* got 3"),
             (["model.num_classes=3"], r"model.num_classes follows from the data"),
         ],
     )
-    def test_what_cannot_be_is_named(self, tiny_config, devices, overrides, message):
+    def test_what_cannot_be_is_named(self, devices, overrides, message):
         with pytest.raises(ValueError, match=message):
-            self.program(tiny_config, *overrides)
+            self.program(*overrides)
 
-    def test_models_of_images_do_not_read_text(self, tiny_config, devices):
-        message = r"model.name=ResNet is not a model of text, .* no vocab_size and no max_length"
+    def test_models_of_images_do_not_read_text(self, devices):
+        message = (
+            r"model.name=ResNet is not a model of text, which data.name=python_stdlib is: it takes "
+            r"no vocab_size and no max_length"
+        )
         with pytest.raises(ConfigError, match=message):
-            build(tiny_config("model.name=ResNet"), 256)
+            build(load_config(overrides=["model.name=ResNet"]), 256)
 
 
 class TestComponents:

@@ -66,13 +66,14 @@ class Problem(NamedTuple):
 
         Micro-batches move the statistics one after the other.
         """
-        if self.stateful_losses is None:
+        stateful_losses, state = self.stateful_losses, self.model_state
+        if stateful_losses is None or state is None:
             averaged = self.averaged(jax.value_and_grad(self.loss))
-            return *averaged(params, batch, key), self.model_state
+            return *averaged(params, batch, key), state
 
         def loss(params: Params, backward: Any, statistics: Any, *rest: Any) -> Any:
             state = ModelState(statistics, backward)
-            losses, statistics = self.stateful_losses(params, state, *rest)
+            losses, statistics = stateful_losses(params, state, *rest)
             return jnp.mean(losses, dtype=jnp.float32), statistics
 
         def advance(state: ModelState, batch_and_key: Any) -> tuple[ModelState, Any]:
@@ -83,7 +84,7 @@ class Problem(NamedTuple):
             return ModelState(statistics, backward), (value, gradient)
 
         if self.accumulate == 1:
-            state, (value, gradient) = advance(self.model_state, (batch, key))
+            state, (value, gradient) = advance(state, (batch, key))
         else:
             parts = self._micro_batches(batch), jax.random.split(key, self.accumulate)
 
@@ -94,9 +95,9 @@ class Problem(NamedTuple):
                 return (state, jax.tree.map(jnp.add, carry[1], value_and_gradient)), None
 
             first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(advance, self.model_state, first)[1]
+            shapes = jax.eval_shape(advance, state, first)[1]
             zeros = jax.tree.map(jnp.zeros_like, shapes)
-            (state, total), _ = jax.lax.scan(add, (self.model_state, zeros), parts)
+            (state, total), _ = jax.lax.scan(add, (state, zeros), parts)
             value, gradient = jax.tree.map(lambda x: x / self.accumulate, total)
         return value, gradient, state
 
