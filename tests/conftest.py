@@ -17,7 +17,7 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-OPTIMISED_ROOMS = ("bench", "kernels", "train")
+QUICK_ROOMS = ("norms", "attention", "nn", "models")
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def compile_quickly(request):
     """XLA optimises little, which takes two thirds of the time, in rooms whose tests compile much
     and compute little. A test of what the compiler makes is marked `optimized`."""
     room = request.path.relative_to(request.config.rootpath).parts[1]
-    quick = room not in OPTIMISED_ROOMS and not request.node.get_closest_marker("optimized")
+    quick = room in QUICK_ROOMS and not request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -341,18 +341,18 @@ def _run_apart(
 ) -> tuple[Array, Any]:
     # Not nnx.remat or nnx.scan, which write the parameters back: that forbids a model from outside
     # the trace. What the layers write themselves, statistics, comes back beside the stream.
-    graphdef, params, state = nnx.split(block, nnx.Param, ...)
+    graphdef, *leaves = nnx.split(block, nnx.Param, ...)
 
     def step(x: Array, leaves_and_inputs: Any) -> tuple[Array, Any]:
-        params, state, (key, index, cache) = leaves_and_inputs
-        layer = nnx.merge(graphdef, params, state)
+        leaves, (key, index, cache) = leaves_and_inputs
+        layer = nnx.merge(graphdef, *leaves)
         x, cache = call(layer, x, key, index, cache)
         return x, (nnx.state(layer, nnx.Not(nnx.Param)), cache)
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=not scan)
     run: Any = partial(jax.lax.scan, step) if scan else step
-    x, (moved, output) = run(x, (params, state, inputs))
+    x, (moved, output) = run(x, (leaves, inputs))
     if jax.tree.leaves(moved):
         nnx.update(block, moved)
     return x, output
