@@ -17,7 +17,7 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-QUICK_ROOMS = ("norms", "attention", "nn", "models")
+QUICK_ROOMS = ("models",)
 
 
 @pytest.fixture(autouse=True)
