@@ -92,10 +92,8 @@ def dot_product_attention(
         rows = slice(start, min(start + block, q_len))
         columns = slice(0, min(rows.stop, k_len) if is_causal else k_len)
         added, sees_a_key = _block_bias(bias, mask, rows, columns, is_causal, compute_dtype(query))
-        seen = (
-            jax.lax.slice_in_dim(x, 0, columns.stop, axis=layout.index("k")) for x in (key, value)
-        )
-        output = _attend(query[:, :, rows], *seen, added, layout)
+        seen = partial(jax.lax.slice_in_dim, limit_index=columns.stop, axis=layout.index("k"))
+        output = _attend(query[:, :, rows], seen(key, 0), seen(value, 0), added, layout)
         outputs.append(output if sees_a_key is None else jnp.where(sees_a_key, output, 0))
     return jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3)
 

@@ -45,10 +45,13 @@ def run(*, quick: bool = False, repeats: int = 5) -> Iterator[Measurement]:
     """`repeats` rounds for each of two sizes and of the batches 1 and 8."""
     configs = [MAIN_JOB, LARGER]
     if quick:
-        repeats, configs = 2, [dataclasses.replace(MAIN_JOB, max_length=16, num_layers=1)]
+        small = dataclasses.replace(
+            MAIN_JOB, max_length=16, num_layers=1, features=32, num_heads=2, mlp_features=64
+        )
+        repeats, configs = 2, [small]
     for config in configs:
         model = config.build(rngs=nnx.Rngs(0))
-        for batch in (1, 8):
+        for batch in (2,) if quick else (1, 8):
             yield from compared(model, batch, repeats=repeats, pause=0.0 if quick else 0.3)
 
 

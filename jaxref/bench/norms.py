@@ -7,7 +7,7 @@ longer to compile where it is deeper.
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -73,10 +73,11 @@ def run(
         repeats = model_repeats = 2
     shape = (16, 8, 64) if quick else (64, 512, 768)
     yield from alone(shape, only.split(",") if only else list(NORMS), repeats=repeats)
-    sizes = {"num_layers": 1, "max_length": 16} if quick else {}
-    config = dataclasses.replace(MODEL, **sizes)
-    yield from in_training(config, batch=2 if quick else 16, repeats=model_repeats)
-    yield from in_inference(config, batch=2 if quick else 16, repeats=model_repeats)
+    config, batch = MODEL, 16
+    if quick:
+        config, batch = dataclasses.replace(MODEL, num_layers=1, max_length=16), 2
+    yield from in_training(config, batch=batch, repeats=model_repeats)
+    yield from in_inference(config, batch=batch, repeats=model_repeats)
     depths = (2, 4) if quick else (4, 48)
     yield from compilation(*depths, repeats=1 if quick else 3)
 
@@ -100,12 +101,15 @@ def alone(shape: tuple[int, int, int], names: list[str], *, repeats: int) -> Ite
         {name: partial(step, x, weights) for name, step in steps.items()}, repeats=repeats, warmup=1
     )
     for name in modules:
-        peer = None if name == PEER else PEER
-        for metric, value, ratio in (
-            ("seconds", statistics.median(times[name]), ratios(times, name, PEER)),
-            ("bytes", bytes_moved[name], bytes_moved[name] / bytes_moved[PEER]),
-        ):
-            yield Measurement(NAME, case, name, metric, value, peer, peer and ratio)
+        seconds = statistics.median(times[name])
+        if name == PEER:
+            yield Measurement(NAME, case, name, "seconds", seconds)
+            yield Measurement(NAME, case, name, "bytes", bytes_moved[name])
+            continue
+        ratio = ratios(times, name, PEER)
+        yield Measurement(NAME, case, name, "seconds", seconds, PEER, ratio)
+        ratio = bytes_moved[name] / bytes_moved[PEER]
+        yield Measurement(NAME, case, name, "bytes", bytes_moved[name], PEER, ratio)
 
 
 def differentiated(module: Any) -> jax.stages.Wrapped:
@@ -207,7 +211,7 @@ def compilation(shallow: int, deep: int, *, repeats: int) -> Iterator[Measuremen
 
 def compared(
     case: str,
-    calls: dict[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], Any]],
     peer: str,
     *,
     metric: str = "seconds",

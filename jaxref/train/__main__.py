@@ -1,20 +1,27 @@
-"""Trains a language model; with no arguments, a small one on Python's standard library.
+"""Trains a language model, or a classifier of images; with no arguments, a small language model on
+Python's standard library.
 
 Modes
   train   (default) trains, continuing from the newest checkpoint of the working directory
-  eval    prints the validation loss of the newest checkpoint
-  sample  prints a sample from the newest checkpoint
+  eval    prints the validation loss of the newest checkpoint, and of images the accuracy
+  sample  prints text from the newest checkpoint
 
 Configuration
-  --config=FILE.py             a Python file with get_config(); default: the main job's
+  --config=FILE.py             a Python file with get_config(), one's own or one that comes with the
+                               program, such as configs/digits.py; default: the main job's
   --config.KEY=VALUE           changes one key, dotted: --config.steps=2000
   --config.optimizer.name=NAME chooses by public name (jaxref.train.methods, jaxref.optimizers, or
                                else optax); every other key of the section is an argument of that
                                function, as in --config.optimizer.b1=0.95. Likewise schedule, loss,
-                               model, model.norm, model.attention, model.query_key_norm,
-                               model.activation, and, for methods that have them (sam, ef21, ...),
+                               model, model.norm, model.final_norm, model.linear, model.mlp,
+                               model.attention, model.query_key_norm, model.activation; for image
+                               models model.conv; and for methods that have them (sam, ef21, ...)
                                optimizer.base and optimizer.compressor.
-  --config.data.name=SOURCE    python_stdlib, text:GLOB or tokens:FILE (uint16 or uint32 ids)
+  --config.data.name=SOURCE    of text: python_stdlib, text:GLOB, tokens:FILE (uint16 or uint32 ids);
+                               of images: digits, images:DIR (idx files, as of MNIST)
+  --config.sample.prompt=TEXT  what a sample continues; also sample.length, and how it is drawn:
+                               sample.temperature, sample.top_k, sample.top_p, and what the model
+                               remembers: sample.cache, full or staircase
   --config.mesh.fsdp=N         devices to shard parameters over; also mesh.data, mesh.tensor
 
 Examples
@@ -22,6 +29,8 @@ Examples
   python -m jaxref.train --config.steps=2000 --config.optimizer.name=lion_k
   python -m jaxref.train --config.data.name='text:~/notes/**/*.md' --workdir=runs/notes
   python -m jaxref.train --mode=sample --workdir=runs/notes --config.sample.prompt='# '
+  python -m jaxref.train --config=configs/digits.py
+  python -m jaxref.train --config=configs/digits.py --config.data.name=images:~/fashion-mnist
 """
 
 import sys
@@ -37,7 +46,7 @@ from jaxref.core.host import prepare_host
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Directory of the run: configuration, metrics, checkpoints, picture, sample. Default: one for "
+    "Directory of the run: configuration, metrics, checkpoints, pictures, sample. Default: one for "
     "each configuration, under ./runs.",
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "What to do.")

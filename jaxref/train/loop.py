@@ -104,7 +104,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> None:
-    """Prints the validation loss of the newest checkpoint in a working directory.
+    """Prints the validation loss, and of images the accuracy, of a directory's newest checkpoint.
 
     Raises:
       CheckpointError: there is no checkpoint that can be read.

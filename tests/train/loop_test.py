@@ -144,7 +144,7 @@ class TestFinishedRun:
         assert "tokens to train on" in data
         assert "Transformer with 10," in model
         assert "on 1 cpu device" in model
-        assert training.startswith("Training: 12 steps of 8 x 16 tokens, ")
+        assert training.startswith("Training: 12 steps of 128 tokens, adamw, ")
         assert out.endswith(f":\n{(workdir / 'sample.txt').read_bytes().decode()}")
 
     def test_metrics(self, config, uninterrupted):
@@ -281,6 +281,23 @@ class TestResumedRun:
         assert "seed: workdir has 3, you asked for 4" in str(error.value)
         assert "optimizer.name: workdir has 'adamw', you asked for 'lion'" in str(error.value)
         assert "steps" not in str(error.value)
+
+
+def test_statistics_are_resumed_as_they_were(tiny_config, tmp_path, at_record):
+    """Those that the forward pass moves, and those that the backward pass does."""
+    norms = ("norm.name=power_norm", "norm.warmup_steps=3", "final_norm.name=batch_norm")
+    config = tiny_config(*(f"model.{choice}" for choice in norms), "steps=6", "average_decay=0.9")
+    train(config, tmp_path / "whole")
+    at_record(6, kill)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed")
+    assert "Continuing after step 4." in train(config, tmp_path / "killed")
+    assert_same_run(config, tmp_path / "killed", tmp_path / "whole")
+    state, _ = final_state(config, tmp_path / "killed")
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(state.model_state))
+    corpus = loop.load(config)
+    validation = loop.Validation(config, corpus, loop.build_program(config, corpus))
+    assert validation.loss(state) == read_metrics(tmp_path / "whole")[-1]["validation_loss"]
 
 
 class TestDamage:

@@ -1,5 +1,5 @@
-"""An image classifier on scikit-learn's handwritten digits: 99% right after some twenty seconds on
-two CPU cores, most of which go into compiling."""
+"""An image classifier on scikit-learn's handwritten digits: 99% right in half a minute on two CPU
+cores, most of which goes into compiling."""
 
 from ml_collections import ConfigDict
 
