@@ -17,7 +17,7 @@ Configuration
                                model.attention, model.query_key_norm, model.activation; for image
                                models model.conv; and for methods that have them (sam, ef21, ...)
                                optimizer.base and optimizer.compressor.
-  --config.data.name=SOURCE    of text: python_stdlib, text:GLOB, tokens:FILE (uint16 or uint32 ids);
+  --config.data.name=SOURCE    of text: python_stdlib, text:GLOB, tokens:FILE (uint16, uint32 ids);
                                of images: digits, images:DIR (idx files, as of MNIST)
   --config.sample.prompt=TEXT  what a sample continues; also sample.length, and how it is drawn:
                                sample.temperature, sample.top_k, sample.top_p, and what the model

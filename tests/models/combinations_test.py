@@ -166,7 +166,7 @@ def test_one_step(names, make_model):
     for path, leaf in jax.tree_util.tree_leaves_with_path((gradient, moved)):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
         assert np.any(leaf), f"nothing reaches {jax.tree_util.keystr(path)}"
-    smaller = jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient)
+    smaller = jax.tree.map(lambda p, g: p - 3e-5 * g, params, gradient)
     assert step(smaller, backward)[0] < value
 
 
