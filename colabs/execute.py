@@ -15,9 +15,14 @@ HERE = Path(__file__).parent
 def execute(source: Path, target: Path) -> None:
     """Runs all cells of a notebook in a fresh kernel; a cell that fails raises."""
     notebook = nbformat.read(source, as_version=4)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": target.parent}}).execute()
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # times of day, another at every run
+    client = NotebookClient(
+        notebook,
+        timeout=900,
+        resources={"metadata": {"path": target.parent}},
+        coalesce_streams=True,
+        record_timing=False,  # times of day, another at every run
+    )
+    client.execute()
     nbformat.write(notebook, target)
 
 
