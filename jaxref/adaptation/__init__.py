@@ -2,5 +2,12 @@
 
 from jaxref.adaptation.federated import federated_round, fedwon_client_update
 from jaxref.adaptation.test_time import class_correlation_loss, core_adapt_step
+from jaxref.adaptation.transfer import inflate_input_channels
 
-__all__ = ["class_correlation_loss", "core_adapt_step", "federated_round", "fedwon_client_update"]
+__all__ = [
+    "class_correlation_loss",
+    "core_adapt_step",
+    "federated_round",
+    "fedwon_client_update",
+    "inflate_input_channels",
+]

@@ -19,6 +19,12 @@ from jaxref.analysis.dynamics.signal_propagation import (
     plot_signal_propagation,
     signal_propagation,
 )
+from jaxref.analysis.dynamics.starvation import (
+    FeatureResponse,
+    feature_response,
+    starved_response,
+    tangent_features,
+)
 from jaxref.analysis.dynamics.training_stability import (
     StabilityForecast,
     extrapolate_instability,
@@ -51,4 +57,8 @@ __all__ = [
     "weight_distance",
     "UltraSlowDiffusion",
     "fit_ultra_slow_diffusion",
+    "tangent_features",
+    "feature_response",
+    "FeatureResponse",
+    "starved_response",
 ]

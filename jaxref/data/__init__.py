@@ -1,7 +1,10 @@
 """Data: what is trained on, made or changed, as pure functions with explicit keys."""
 
+from jaxref.data.audio import channel_swap, spec_augment_mask
+from jaxref.data.folds import stratified_k_fold
 from jaxref.data.in_context import InContextPrompts, linear_regression_prompts
 from jaxref.data.point_clouds import boundary_mask
+from jaxref.data.shortcuts import two_moons_shortcut
 from jaxref.data.tokenization import (
     Segmentation,
     build_subword_vocabulary,
@@ -15,4 +18,8 @@ __all__ = [
     "maximum_likelihood_segmentation",
     "build_subword_vocabulary",
     "Segmentation",
+    "stratified_k_fold",
+    "two_moons_shortcut",
+    "spec_augment_mask",
+    "channel_swap",
 ]

@@ -14,6 +14,9 @@ from jaxref.nn.conv import (
     SigmaReparamConv,
     WeightStandardizedConv,
 )
+from jaxref.nn.convex import (
+    InputConvexNetwork,
+)
 from jaxref.nn.generalized_mean import (
     MultipletLayer,
     gini_mean,
@@ -37,6 +40,8 @@ from jaxref.nn.implicit import (
     partition_domain,
 )
 from jaxref.nn.linear import Embed, Linear
+from jaxref.nn.list_transformer import FeatureTransformer, ListTransformer
+from jaxref.nn.losses import Loss
 from jaxref.nn.mixture_of_experts import (
     EnforcedRoutingMoE,
     ExpertParameters,
@@ -92,6 +97,7 @@ __all__ = [
     "CausalGenerationMixer",
     "GradientState",
     "AuxiliaryLoss",
+    "Loss",
     "CausalActivation",
     "ParameterAttention",
     "MixtureOfExperts",
@@ -143,4 +149,7 @@ __all__ = [
     "QuasiLSTM",
     "QuasiLSTMBlock",
     "PointGridBlock",
+    "ListTransformer",
+    "FeatureTransformer",
+    "InputConvexNetwork",
 ]

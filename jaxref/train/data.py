@@ -108,6 +108,7 @@ def load_corpus(
     validation_fraction: float = 0.05,
     vocab_size: int | None = None,
     token_dtype: str = "uint16",
+    **images: Any,
 ) -> Corpus:
     """The corpus that a name stands for, split into training and validation tokens.
 
@@ -130,6 +131,7 @@ def load_corpus(
       vocab_size: number of different ids, at most 2**31. Default 256 for bytes; `tokens:FILE`
         must give it.
       token_dtype: "uint16" or "uint32", the type of the ids of `tokens:FILE`.
+      **images: what belongs to images; ignored.
 
     Returns:
       The `Corpus`.
@@ -145,6 +147,7 @@ def load_corpus(
       (256, True, 'uint8')
     """
     check_interval(0, 1, closed="left", validation_fraction=validation_fraction)
+    del images
     if vocab_size is not None:
         check_interval(1, 2**31, vocab_size=vocab_size)
     source, _, where = name.partition(":")

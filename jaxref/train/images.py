@@ -3,6 +3,7 @@
 import gzip
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +96,11 @@ class ImageSet(NamedTuple):
 
 
 def load_images(
-    name: str, *, validation_fraction: float = 0.2, vocab_size: int | None = None, **text: Any
+    name: str,
+    *,
+    validation_fraction: float = 0.2,
+    positive_classes: Sequence[int] = (),
+    **text: Any,
 ) -> ImageSet:
     """The images that a name stands for, split into training and validation images.
 
@@ -113,13 +118,17 @@ def load_images(
       name: the source of the images, as above.
       validation_fraction: in (0, 1), the share of images to hold out where they come unsplit: every
         1 / fraction-th one of each class, so that both parts see the whole of the order.
-      vocab_size, text: what belongs to text; ignored.
+      positive_classes: the classes that become class 1 of two, and all others class 0, for losses
+        of binary decisions; images are held out by their classes of before. Default: every class
+        stays.
+      **text: what belongs to text; ignored.
 
     Returns:
       The `ImageSet`.
 
     Raises:
-      ValueError: a name of neither form, a fraction out of range, a file that is damaged or not in
+      ValueError: a name of neither form, a fraction out of range, positive classes that are not
+        among those of the images or are all of them, a file that is damaged or not in
         idx format, or numbers of images and labels, or shapes of images, that differ.
       FileNotFoundError: a file of the directory is missing.
       ImportError: `digits` without scikit-learn.
@@ -128,7 +137,7 @@ def load_images(
       >>> load_images("digits").train_images.shape[1:]
       (8, 8, 1)
     """
-    del vocab_size, text
+    del text
     check_interval(0, 1, closed="neither", validation_fraction=validation_fraction)
     source, _, where = name.partition(":")
     if name == "digits":
@@ -151,6 +160,10 @@ def load_images(
     else:
         raise ValueError(f"the images must be 'digits' or 'images:DIR', got {name!r}")
     train_images, train_labels, validation_images, validation_labels = parts
+    if positive_classes:
+        train_labels, validation_labels = (
+            _two_classes(labels, positive_classes) for labels in (train_labels, validation_labels)
+        )
     mean = train_images.mean(axis=(0, 1, 2), dtype=np.float64)
     spread = train_images.std(axis=(0, 1, 2), dtype=np.float64)
     spread = np.where(spread > 0, spread, 1.0)
@@ -166,6 +179,16 @@ def load_images(
         int(max(train_labels.max(), validation_labels.max())) + 1,
         description,
     )
+
+
+def _two_classes(labels: np.ndarray, positive_classes: Sequence[int]) -> np.ndarray:
+    classes, positive = np.unique(labels), np.unique(positive_classes)
+    if not np.isin(positive, classes).all() or len(positive) == len(classes):
+        raise ValueError(
+            f"positive_classes must be some of the images' classes {classes}, got "
+            f"{tuple(positive_classes)}"
+        )
+    return np.isin(labels, positive).astype(labels.dtype)
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

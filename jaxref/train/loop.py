@@ -22,7 +22,7 @@ from jaxref.train.checkpoints import CheckpointError, Checkpoints
 from jaxref.train.config import FREE_KEYS, ConfigError
 from jaxref.train.data import Corpus, load_corpus
 from jaxref.train.images import ImageSet, load_images
-from jaxref.train.program import Batch, Program, TrainState, build
+from jaxref.train.program import Batch, Program, TrainState, build, class_logits
 from jaxref.train.records import (
     Records,
     check_config,
@@ -372,7 +372,7 @@ def _save_predictions(data: ImageSet, program: Program, state: TrainState, workd
 
     @jax.jit
     def predict(params: Any, model_state: Any, images: Any) -> Any:
-        return program.model(params, model_state)(images).argmax(axis=-1)
+        return class_logits(program.model(params, model_state), images).argmax(axis=-1)
 
     predicted = np.asarray(predict(params, state.model_state, images))
     return save_prediction_plot(workdir, images, labels, predicted)

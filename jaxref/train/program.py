@@ -5,7 +5,7 @@ can be called alone, in a test or a notebook, without the loop around them.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from jaxref.core.checks import check_interval
 from jaxref.kernels import linear_softmax_cross_entropy
-from jaxref.nn import AuxiliaryLoss, GradientState
+from jaxref.nn import AuxiliaryLoss, GradientState, Loss
+from jaxref.nn.losses import keeps_something
 from jaxref.parallel import logical_sharding, make_mesh, use_rules
 from jaxref.train.config import ConfigError, resolve
 from jaxref.train.methods.frame import (
@@ -187,14 +188,22 @@ def build(
         config, schedule, mesh=mesh, num_examples=num_examples, logits_shape=logits_shape
     )
 
+    loss_function = resolve(config, "loss")
+
     def model(key: Array) -> nnx.Module:
-        return model_config.build(rngs=nnx.Rngs(params=key))
+        rngs = nnx.Rngs(params=key)
+        model = model_config.build(rngs=rngs)
+        if keeps_something(loss_function):  # a part of the model, that it may train and be saved
+            model.loss = Loss(
+                loss_function, num_examples=num_examples, num_classes=num_classes, rngs=rngs
+            )
+        return model
 
     abstract = nnx.eval_shape(lambda: model(jax.random.key(0)))
     graphdef, variables, backward, auxiliary, statistics = split_model(abstract)
     has_state = bool(jax.tree.leaves((backward, statistics)))
     owed = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.to_pure_dict(auxiliary))
-    _check_loss(config, abstract)
+    _check_loss(config, abstract, num_classes)
     losses = build_loss(config)
 
     def merge(params: Params, model_state: ModelState) -> Any:
@@ -216,8 +225,9 @@ def build(
         if has_state:
             raise ConfigError(
                 f"optimizer.name={config.optimizer.name} evaluates the loss in its own way and "
-                f"cannot move the statistics that model.name={config.model.name} keeps; choose a "
-                "norm without statistics, or an optimizer of one gradient"
+                f"cannot move the statistics that model.name={config.model.name} or "
+                f"loss.name={config.loss.name} keeps; choose a norm and a loss without, or an "
+                "optimizer of one gradient"
             )
 
     def stateless_losses(params: Params, batch: Batch, key: Array) -> Array:
@@ -321,7 +331,7 @@ def _build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
     return made(**sizes, dtype=jnp.dtype(config.dtype))
 
 
-def _check_loss(config: ConfigDict, model: Any) -> None:
+def _check_loss(config: ConfigDict, model: Any, num_classes: int | None) -> None:
     """Raises where the loss reads what the model does not have."""
     asked = inspect.signature(resolve(config, "loss")).parameters
     if "hidden" in asked and not hasattr(model, "hidden"):
@@ -330,6 +340,17 @@ def _check_loss(config: ConfigDict, model: Any) -> None:
             f"model.name={config.model.name} is none; choose a loss of logits, such as "
             "softmax_cross_entropy_with_integer_labels"
         )
+    if _reads_one_score(asked) and num_classes != 2:
+        raise ConfigError(
+            f"loss.name={config.loss.name} is of decisions between two classes, and "
+            f"data.name={config.data.name} has {num_classes or 'tokens'}; name the classes to tell "
+            "from the others in data.positive_classes"
+        )
+
+
+def _reads_one_score(asked: Iterable[str]) -> bool:
+    """Whether a loss, by the names of its arguments, is of a single score for each example."""
+    return next(iter(asked)) in ("scores", "probabilities")
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
@@ -365,7 +386,10 @@ def build_loss(config: ConfigDict) -> TokenLoss:
     """The loss per token, or image, of a batch, by what the function asks for.
 
     A loss with an argument `hidden` reads hidden states and output matrix (the logits never
-    exist); any other reads logits. One with an argument `key` is given a random key.
+    exist). One whose first argument is `scores` reads the log-odds of the second of two classes,
+    one with `probabilities` its probability, one with `values` what all logits but the last exceed
+    that by; any other reads logits. An argument `key` is given a random key, `indices` the
+    examples' places in the training set.
     """
     function = resolve(config, "loss")
     parameters = inspect.signature(function).parameters
@@ -374,12 +398,37 @@ def build_loss(config: ConfigDict) -> TokenLoss:
         keywords = {}
         if "key" in parameters:
             key, keywords["key"] = jax.random.split(key)
+        if "indices" in parameters:
+            keywords["indices"] = batch["ids"]
         if "hidden" in parameters:
             hidden = model.hidden(batch["inputs"], key=key)
             return function(hidden, model.output_kernel(), batch["targets"], **keywords)
-        return function(model(batch["inputs"], key=key), batch["targets"], **keywords)
+        predictions = _predictions(parameters, model(batch["inputs"], key=key))
+        called = model.loss if keeps_something(function) else function
+        return called(predictions, batch["targets"], **keywords)
 
     return loss
+
+
+def _predictions(asked: Iterable[str], logits: Array) -> Array:
+    """What a loss with these arguments reads of a model's logits."""
+    first = next(iter(asked))
+    if first == "values":
+        return logits[..., :-1] - logits[..., -1:]
+    if not _reads_one_score(asked):
+        return logits
+    scores = logits[..., 1] - logits[..., 0]
+    return jax.nn.sigmoid(scores) if first == "probabilities" else scores
+
+
+def class_logits(model: Any, inputs: Array) -> Array:
+    """Logits of the classes: log-probabilities, where the loss has learned a link to them."""
+    logits = model(inputs)
+    loss = getattr(model, "loss", None)
+    if loss is None or loss.link is None:
+        return logits
+    asked = inspect.signature(loss.function).parameters
+    return loss.log_probabilities(_predictions(asked, logits))
 
 
 def build_loss_of_logits(config: ConfigDict) -> Callable[[Array, Batch], Array]:
@@ -391,12 +440,12 @@ def build_loss_of_logits(config: ConfigDict) -> Callable[[Array, Batch], Array]:
         function = optax.losses.softmax_cross_entropy_with_integer_labels
 
     def loss(logits: Array, batch: Batch) -> Array:
-        if "key" in parameters:
+        if "key" in parameters or keeps_something(function):
             raise ConfigError(
-                f"loss.name: {config.loss.name} draws random numbers, which "
+                f"loss.name: {config.loss.name} draws random numbers or keeps something, which "
                 f"optimizer.name={config.optimizer.name} cannot give it"
             )
-        return function(logits, batch["targets"])
+        return function(_predictions(parameters, logits), batch["targets"])
 
     return loss
 
@@ -457,7 +506,7 @@ def evaluate(merge: Merge, params: Params, batch: Batch, model_state: ModelState
             where=batch["where"],
         )
         return Evaluation(jnp.sum(nats, dtype=jnp.float32), jnp.sum(batch["where"]), None)
-    logits = model(batch["inputs"]).astype(jnp.float32)
+    logits = class_logits(model, batch["inputs"]).astype(jnp.float32)
     nats = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     right = jnp.argmax(logits, axis=-1) == batch["targets"]
     return Evaluation(

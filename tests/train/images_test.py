@@ -278,3 +278,22 @@ class TestBatches:
         frequencies = np.bincount(digits.validation_labels) / 359
         entropy = -np.sum(frequencies * np.log(frequencies))
         np.testing.assert_allclose(baselines["class frequencies"], entropy)
+
+
+class TestPositiveClasses:
+    def test_classes_become_one_and_the_rest_the_other(self):
+        whole = load_images("digits")
+        two = load_images("digits", positive_classes=(3, 8))
+        assert two.num_classes == 2
+        np.testing.assert_array_equal(two.train_images, whole.train_images)
+        np.testing.assert_array_equal(two.train_labels, np.isin(whole.train_labels, (3, 8)))
+        np.testing.assert_array_equal(
+            two.validation_labels, np.isin(whole.validation_labels, (3, 8))
+        )
+
+    @pytest.mark.parametrize("classes", [(10,), tuple(range(10))])
+    def test_classes_that_do_not_exist_or_are_all(self, classes):
+        with pytest.raises(
+            ValueError, match="positive_classes must be some of the images' classes"
+        ):
+            load_images("digits", positive_classes=classes)

@@ -373,7 +373,7 @@ class TestModelState:
         program = build(tiny_config(*STATISTICS, f"optimizer.name={method}"), 256)
         message = (
             f"optimizer.name={method} evaluates the loss in its own way and cannot move the "
-            "statistics that model.name=Transformer keeps; choose a norm without statistics, or "
+            "statistics that model.name=Transformer or loss.name="
         )
         with pytest.raises(ConfigError, match=message):
             trace_step(program, random_batch(0))
