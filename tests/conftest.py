@@ -17,15 +17,17 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-QUICK_ROOMS = ("models",)
+THOROUGH_ROOMS = ("bench", "kernels")
+"""Rooms whose tests are about what the compiler makes."""
 
 
 @pytest.fixture(autouse=True)
 def compile_quickly(request):
-    """XLA optimises little, which takes two thirds of the time, in rooms whose tests compile much
-    and compute little. A test of what the compiler makes is marked `optimized`."""
+    """XLA optimises little: tests compile much and compute little, and take two thirds of the time.
+    A test of what the compiler makes is marked `optimized`."""
     room = request.path.relative_to(request.config.rootpath).parts[1]
-    quick = room in QUICK_ROOMS and not request.node.get_closest_marker("optimized")
+    marked = request.node.get_closest_marker("optimized")
+    quick = room not in THOROUGH_ROOMS and not marked
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -19,7 +19,8 @@ def pass_at_n(probabilities: ArrayLike, n: float) -> Array:
       n: at least 1; need not be whole.
 
     Returns:
-      `[...]` in the type of `probabilities`, precise for small p too. What is outside of [0, 1] gives none.
+      `[...]` in the type of `probabilities`, precise for small p too. What is
+      outside of [0, 1] gives none.
 
     Raises:
       ValueError: `n` below 1.
