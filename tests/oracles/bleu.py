@@ -12,10 +12,9 @@ import sacrebleu
 def main():
     rng = np.random.default_rng(0)
     references = [rng.integers(6, size=rng.integers(4, 12)) for _ in range(8)]
-    candidates = [
-        np.where(rng.random(len(r)) < 0.75, r, 6)[: rng.integers(4, 12)] for r in references
-    ]
-    width = max(map(len, references))
+    noisy = [np.append(np.where(rng.random(len(r)) < 0.75, r, 6), [0, 1, 2]) for r in references]
+    candidates = [tokens[: rng.integers(4, 15)] for tokens in noisy]  # some longer, some shorter
+    width = max(map(len, candidates + references))
     padded = [
         np.array([np.pad(s, (0, width - len(s)), constant_values=-1) for s in sentences])
         for sentences in (candidates, references)
