@@ -49,7 +49,7 @@ class Setting(NamedTuple):
 
 
 def run(
-    *, quick: bool = False, seeds: int = 5, steps: int = 1500, only: str = "", plot: str = ""
+    *, quick: bool = False, seeds: int = 5, steps: int = 800, only: str = "", plot: str = ""
 ) -> Iterator[Measurement]:
     """`steps` steps from each of `seeds` seeds; `only`: some of the losses, by commas; `plot`: a
     file to draw the result to."""

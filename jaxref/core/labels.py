@@ -1,5 +1,7 @@
 """Labels as every loss takes them: integer class ids or distributions over the classes."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -57,26 +59,12 @@ def label_distribution(
     Array([[0., 0., 1.]], dtype=float32)
     """
     logits = jnp.asarray(logits)
-    check_floating(logits=logits)
     check_interval(0, 1, label_smoothing=label_smoothing)
-    check_broadcastable(logits.shape, where=where)
-    if not -logits.ndim <= axis < logits.ndim:
-        raise ValueError(f"axis {axis} is out of range for logits of shape {logits.shape}")
-    if logits.shape[axis] == 0:
-        raise ValueError(f"logits must have at least one class, got shape {logits.shape}")
-    axis %= logits.ndim
+    axis = _checked_axis(logits, axis, where)
     labels = jnp.asarray(labels)
     dtype = compute_dtype(logits)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        check_shape(logits.shape[:axis] + logits.shape[axis + 1 :], labels=labels)
-        id_dtype = jnp.promote_types(labels.dtype, jnp.int32)  # int8 ids cannot count 1000 classes
-        classes = jax.lax.broadcasted_iota(id_dtype, logits.shape, axis)
-        is_label = classes == jnp.expand_dims(labels.astype(id_dtype), axis)
-        if where is not None:
-            is_label &= where
-        exists = is_label.any(axis=axis, keepdims=True)
-        if where is not None:  # an example without classes has no label to be wrong about
-            exists |= ~jnp.broadcast_to(where, logits.shape).any(axis=axis, keepdims=True)
+        is_label, exists = _label_mask(labels, logits, axis, where)
         distribution = jnp.where(exists, is_label.astype(dtype), jnp.nan)
     elif jnp.issubdtype(labels.dtype, jnp.floating):
         check_shape(logits.shape, labels=labels)
@@ -92,3 +80,81 @@ def label_distribution(
         count = admitted.sum(axis=axis, keepdims=True)
         uniform = jnp.where(admitted, 1.0 / jnp.maximum(count, 1).astype(dtype), 0.0)
     return (1.0 - label_smoothing) * distribution + label_smoothing * uniform
+
+
+def expected_over_labels(
+    loss: Callable[[Array], Array],
+    labels: ArrayLike,
+    logits: ArrayLike,
+    *,
+    axis: int = -1,
+    label_smoothing: float = 0.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """A function of the label's log-probability, its mean over the labels' distribution.
+
+        Σ_k q_k loss(log p_k),   p = softmax(logits)
+
+    For integer ids without smoothing it is evaluated at the label alone, and no array of the
+    logits' size is made.
+
+    Args:
+      loss: of an array of log-probabilities in at least float32, elementwise.
+      labels, logits, axis, label_smoothing, where: as for `label_distribution`.
+
+    Returns:
+      The shape of `logits` without `axis`, in at least float32; 0 where no class is admitted.
+
+    Raises:
+      As `label_distribution`.
+
+    >>> expected_over_labels(jnp.negative, jnp.array([2]), jnp.zeros((1, 3))).round(3)
+    Array([1.099], dtype=float32)
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    smoothed = isinstance(label_smoothing, jax.core.Tracer) or label_smoothing != 0
+    if smoothed or not jnp.issubdtype(labels.dtype, jnp.integer):
+        q = label_distribution(
+            labels, logits, axis=axis, label_smoothing=label_smoothing, where=where
+        )
+        return jnp.sum(q * loss(masked_log_softmax(logits, axis=axis, where=where)), axis=axis)
+    axis = _checked_axis(logits, axis, where)
+    is_label, exists = _label_mask(labels, logits, axis, where)
+    logits = logits.astype(compute_dtype(logits))
+    if where is not None:
+        logits = jnp.where(where, logits, jnp.finfo(logits.dtype).min)
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=axis, keepdims=True))
+    log_total = jnp.log(jnp.sum(jnp.exp(shifted), axis=axis))
+    log_p = jnp.sum(jnp.where(is_label, shifted, 0.0), axis=axis) - log_total
+    losses = loss(jnp.where(jnp.squeeze(exists, axis), log_p, jnp.nan))
+    if where is not None:
+        losses = jnp.where(jnp.broadcast_to(where, logits.shape).any(axis=axis), losses, 0.0)
+    return losses
+
+
+def _checked_axis(logits: Array, axis: int, where: ArrayLike | None) -> int:
+    """The class axis, counted from the first."""
+    check_floating(logits=logits)
+    check_broadcastable(logits.shape, where=where)
+    if not -logits.ndim <= axis < logits.ndim:
+        raise ValueError(f"axis {axis} is out of range for logits of shape {logits.shape}")
+    if logits.shape[axis] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {logits.shape}")
+    return axis % logits.ndim
+
+
+def _label_mask(
+    labels: Array, logits: Array, axis: int, where: ArrayLike | None
+) -> tuple[Array, Array]:
+    """Which class is an example's label, and whether it is one, the axis kept."""
+    check_shape(logits.shape[:axis] + logits.shape[axis + 1 :], labels=labels)
+    id_dtype = jnp.promote_types(labels.dtype, jnp.int32)  # int8 ids cannot count 1000 classes
+    classes = jax.lax.broadcasted_iota(id_dtype, logits.shape, axis)
+    is_label = classes == jnp.expand_dims(labels.astype(id_dtype), axis)
+    if where is None:
+        return is_label, is_label.any(axis=axis, keepdims=True)
+    is_label &= where
+    exists = is_label.any(axis=axis, keepdims=True)
+    # an example without classes has no label to be wrong about
+    exists |= ~jnp.broadcast_to(where, logits.shape).any(axis=axis, keepdims=True)
+    return is_label, exists

@@ -63,10 +63,14 @@ def dual_focal_loss(
     _check_integers(labels=labels)
     q = label_distribution(labels, logits, axis=axis, where=where)
     log_p = masked_log_softmax(logits, axis=axis, where=where)
-    log_p_y = jnp.sum(q * log_p, axis=axis, keepdims=True)
-    below = log_p < log_p_y  # excluded classes have log p = 0, and are never below
-    p_j = jnp.max(jnp.where(below, jnp.exp(log_p), 0.0), axis=axis)
-    log_p_y = jnp.squeeze(log_p_y, axis)
+    log_p_y = jnp.sum(q * log_p, axis=axis)
+    # Ranks are those of the logits themselves: a computed log p need not equal itself, where the
+    # compiler computes it twice.
+    z = jnp.asarray(logits)
+    below = z < jnp.sum(jnp.where(q == 1, z, 0), axis=axis, keepdims=True)
+    if where is not None:
+        below &= jnp.asarray(where)
+    p_j = jnp.where(below.any(axis=axis), jnp.exp(_at_highest(z, log_p, below, axis)), 0.0)
     # The floor keeps the gradient of the power finite for gamma < 1 where the base underflows.
     base = jnp.maximum(-jnp.expm1(log_p_y) + p_j, jnp.finfo(log_p.dtype).tiny)
     return (-(base**gamma) * log_p_y).astype(jnp.result_type(logits))
@@ -175,15 +179,15 @@ def correctness_aware_loss(
     _check_integers(labels=labels)
     q = label_distribution(labels, calibrated_logits, axis=axis, where=where)
     log_p = masked_log_softmax(calibrated_logits, axis=axis, where=where)
-    if where is not None:
-        log_p = jnp.where(where, log_p, -jnp.inf)
+    z = jnp.asarray(calibrated_logits)
+    admitted = True if where is None else where
     if predictions is None:
-        predictions = jnp.argmax(log_p, axis=axis)
+        predictions = _highest(z, admitted, axis)
     _check_integers(predictions=predictions)
     check_shape(q.sum(axis=axis).shape, predictions=predictions)
     valid = q.sum(axis=axis) == 1  # neither excluded nor of an unknown label
     correct = valid & (jnp.asarray(predictions) == jnp.asarray(labels))
-    confidence = jnp.exp(jnp.max(log_p, axis=axis))
+    confidence = jnp.exp(_at_highest(z, log_p, admitted, axis))
     loss = jnp.square(confidence - correct)
     if balance:
         counts = [jnp.count_nonzero(group) for group in (correct, valid)]
@@ -306,6 +310,17 @@ def calibration_kl(
     log_p = masked_log_softmax(logits, axis=axis, where=where)
     terms = jax.scipy.special.xlogy(q, q) - q * log_p
     return jnp.sum(terms, axis=axis).astype(jnp.result_type(logits))
+
+
+def _highest(z: Array, admitted: ArrayLike, axis: int) -> Array:
+    """The id of the highest z that is admitted, at ties the first."""
+    return jnp.argmax(jnp.where(admitted, z, -jnp.inf), axis=axis)
+
+
+def _at_highest(z: Array, values: Array, admitted: ArrayLike, axis: int) -> Array:
+    """The value of the class with the highest z, through which alone the gradient goes."""
+    index = jnp.expand_dims(_highest(z, admitted, axis), axis)
+    return jnp.squeeze(jnp.take_along_axis(values, index, axis=axis), axis)
 
 
 def _check_integers(**ids: ArrayLike) -> None:

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval
-from jaxref.core.labels import label_distribution, masked_log_softmax
+from jaxref.core.labels import expected_over_labels, label_distribution, masked_log_softmax
 from jaxref.core.numerics import compute_dtype
 
 
@@ -70,11 +70,15 @@ def poly_cross_entropy(
     epsilons = list(epsilon) if isinstance(epsilon, Sequence) else [epsilon]
     for j, epsilon_j in enumerate(epsilons, 1):
         check_interval(-1 / j, jnp.inf, epsilon=epsilon_j)
-    q = label_distribution(labels, logits, axis=axis, label_smoothing=label_smoothing, where=where)
-    log_p = masked_log_softmax(logits, axis=axis, where=where)
-    miss = -jnp.expm1(log_p)  # 1 - p without cancellation near p = 1
-    poly = sum(epsilon_j * miss**j for j, epsilon_j in enumerate(epsilons, 1))
-    return jnp.sum(q * (poly - log_p), axis=axis).astype(jnp.result_type(logits))
+
+    def loss(log_p: Array) -> Array:
+        miss = -jnp.expm1(log_p)  # 1 - p without cancellation near p = 1
+        return sum((e * miss**j for j, e in enumerate(epsilons, 1)), start=-log_p)
+
+    losses = expected_over_labels(
+        loss, labels, logits, axis=axis, label_smoothing=label_smoothing, where=where
+    )
+    return losses.astype(jnp.result_type(logits))
 
 
 def poly1_focal_loss(
@@ -184,11 +188,13 @@ def truncated_poly_loss(
     """
     if not isinstance(num_terms, int) or num_terms < 1:
         raise ValueError(f"num_terms must be an integer of at least 1, got {num_terms!r}")
-    q = label_distribution(labels, logits, axis=axis, where=where)
-    log_p = masked_log_softmax(logits, axis=axis, where=where)
-    coefficients = jnp.array([*(1 / j for j in range(num_terms, 0, -1)), 0.0], log_p.dtype)
-    series = jnp.polyval(coefficients, -jnp.expm1(log_p))
-    return jnp.sum(q * series, axis=axis).astype(jnp.result_type(logits))
+
+    def loss(log_p: Array) -> Array:
+        coefficients = jnp.array([*(1 / j for j in range(num_terms, 0, -1)), 0.0], log_p.dtype)
+        return jnp.polyval(coefficients, -jnp.expm1(log_p))
+
+    losses = expected_over_labels(loss, labels, logits, axis=axis, where=where)
+    return losses.astype(jnp.result_type(logits))
 
 
 def squentropy(

@@ -14,7 +14,7 @@ from scipy.special import logsumexp, xlogy
 
 from jaxref.core.checks import canonical_axes, check_interval
 from jaxref.core.exponential import relative_expm1
-from jaxref.core.labels import label_distribution, masked_log_softmax
+from jaxref.core.labels import expected_over_labels
 
 
 def comp_sum_loss(
@@ -66,11 +66,13 @@ def comp_sum_loss(
     Applications", 2023, arXiv:2304.07288.
     """
     check_interval(0, jnp.inf, tau=tau)
-    q = label_distribution(labels, logits, axis=axis, where=where)
-    cross_entropy = -masked_log_softmax(logits, axis=axis, where=where)
-    # ((1 + u)^{1-τ} - 1) / (1 - τ) with 1 + u = exp(cross_entropy), for every τ by one formula
-    losses = cross_entropy * relative_expm1((1 - tau) * cross_entropy)
-    return jnp.sum(q * losses, axis=axis).astype(jnp.result_type(logits))
+
+    def loss(log_p: Array) -> Array:
+        # ((1 + u)^{1-τ} - 1) / (1 - τ) with 1 + u = 1 / p, for every τ by one formula
+        return -log_p * relative_expm1((tau - 1) * log_p)
+
+    losses = expected_over_labels(loss, labels, logits, axis=axis, where=where)
+    return losses.astype(jnp.result_type(logits))
 
 
 def generalized_cross_entropy(

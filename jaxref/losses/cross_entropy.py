@@ -4,6 +4,8 @@
 `negative_log_likelihood`, and which decisions count in the binary losses.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,7 +17,7 @@ from jaxref.core.checks import (
     check_interval,
     check_shape,
 )
-from jaxref.core.labels import label_distribution, masked_log_softmax
+from jaxref.core.labels import expected_over_labels, label_distribution, masked_log_softmax
 from jaxref.core.numerics import compute_dtype
 
 
@@ -64,10 +66,13 @@ def softmax_cross_entropy(
     Reference: Terven, Cordova-Esparza, Ramirez-Pedraza, Chavez-Urbiola, Romero-Gonzalez, "Loss
     Functions and Metrics in Deep Learning", 2023, arXiv:2307.02694.
     """
-    q = label_distribution(labels, logits, axis=axis, label_smoothing=label_smoothing, where=where)
-    q = _weighted(q, class_weights, axis)
-    log_p = masked_log_softmax(logits, axis=axis, where=where)
-    return -jnp.sum(q * log_p, axis=axis).astype(jnp.result_type(logits))
+    choice: dict[str, Any] = {"axis": axis, "label_smoothing": label_smoothing, "where": where}
+    if class_weights is None:
+        losses = expected_over_labels(jnp.negative, labels, logits, **choice)
+    else:
+        q = _weighted(label_distribution(labels, logits, **choice), class_weights, axis)
+        losses = -jnp.sum(q * masked_log_softmax(logits, axis=axis, where=where), axis=axis)
+    return losses.astype(jnp.result_type(logits))
 
 
 def negative_log_likelihood(

@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval, check_shape
-from jaxref.core.labels import label_distribution, masked_log_softmax
+from jaxref.core.labels import expected_over_labels, label_distribution, masked_log_softmax
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.ranks import AxisName, ascending_ranks
 from jaxref.losses.classification import poly1_focal_loss
@@ -56,11 +56,14 @@ def focal_loss(
     Detection", 2017, arXiv:1708.02002.
     """
     check_interval(0, jnp.inf, gamma=gamma)
-    q = label_distribution(labels, logits, axis=axis, where=where)
-    log_p = masked_log_softmax(logits, axis=axis, where=where)
-    # The floor keeps the gradient of miss**gamma finite for gamma < 1 where miss underflows.
-    miss = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).tiny)
-    return jnp.sum(-q * miss**gamma * log_p, axis=axis).astype(jnp.result_type(logits))
+
+    def loss(log_p: Array) -> Array:
+        # The floor keeps the gradient of miss**gamma finite for gamma < 1 where miss underflows.
+        miss = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).tiny)
+        return -(miss**gamma) * log_p
+
+    losses = expected_over_labels(loss, labels, logits, axis=axis, where=where)
+    return losses.astype(jnp.result_type(logits))
 
 
 def sigmoid_focal_loss(

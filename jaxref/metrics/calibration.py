@@ -539,9 +539,10 @@ def _events(
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise TypeError(f"labels of classes must be integer ids, got {y.dtype.name}")
         check_shape(p.shape[:-1], labels=y)
-        confidence = jnp.max(p, axis=-1)
+        predicted = jnp.argmax(p, axis=-1)
+        confidence = jnp.take_along_axis(p, predicted[..., None], axis=-1)[..., 0]
         known = (y >= 0) & (y < p.shape[-1])
-        correct = jnp.where(known, (jnp.argmax(p, axis=-1) == y).astype(p.dtype), jnp.nan)
+        correct = jnp.where(known, (predicted == y).astype(p.dtype), jnp.nan)
     else:
         check_shape(p.shape, labels=y)
         confidence, correct = p, y.astype(p.dtype)
