@@ -69,7 +69,8 @@ def one_versus_rest_loss(
     z = jnp.asarray(logits).astype(q.dtype)
     if where is not None:
         z = jnp.where(where, z, 0.0)
-    losses = q * jax.nn.softplus(-z) + (1 - q) * jax.nn.softplus(z)
+    # q softplus(-z) + (1 - q) softplus(z) with one exponential, and gradients that do not cancel
+    losses = (jnp.where(z < 0, 0, 1) - q) * z + jnp.log1p(jnp.exp(-jnp.abs(z)))
     if where is not None:
         losses = jnp.where(where, losses, 0.0)
     return jnp.sum(losses, axis=axis).astype(jnp.result_type(logits))

@@ -114,15 +114,22 @@ def sigmoid_dual_focal_loss(
 
     Reference: Tao, Dong, Xu, "Dual Focal Loss for Calibration", 2023, arXiv:2305.13665.
     """
+    check_interval(0, jnp.inf, gamma=gamma)
     check_floating(logits=logits)
-    z, t = jnp.asarray(logits), jnp.asarray(targets)
-    check_shape(z.shape, targets=t)
-    check_broadcastable(z.shape, where=where)
+    t = jnp.asarray(targets)
+    check_shape(jnp.shape(logits), targets=t)
+    check_broadcastable(jnp.shape(logits), where=where)
     if t.dtype == bool:
         t = t.astype(jnp.int32)
     _check_integers(targets=t)
-    admitted = None if where is None else jnp.asarray(where)[..., None]
-    return dual_focal_loss(jnp.stack([jnp.zeros_like(z), z], -1), t, gamma=gamma, where=admitted)
+    z = jnp.asarray(logits).astype(compute_dtype(logits))
+    z = jnp.where(t == 1, z, jnp.where(t == 0, -z, jnp.nan))
+    miss = jnp.where(z > 0, 2, 1) * jax.nn.sigmoid(-z)
+    # The floor keeps the gradient of the power finite for gamma < 1 where the base underflows.
+    losses = -(jnp.maximum(miss, jnp.finfo(z.dtype).tiny) ** gamma) * jax.nn.log_sigmoid(z)
+    if where is not None:
+        losses = jnp.where(where, losses, 0.0)
+    return losses.astype(jnp.result_type(logits))
 
 
 def correctness_aware_loss(
