@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_floating, check_interval
+from jaxref.core.exponential import linear_tail_exp
 from jaxref.core.numerics import compute_dtype
 
 AxisName = str | tuple[str, ...]
@@ -17,7 +18,7 @@ _SURROGATES: dict[str, Callable[[Array, float], Array]] = {
     "squared": lambda d, m: jnp.square(m - d),
     "hinge": lambda d, m: jax.nn.relu(m - d),
     "logistic": lambda d, m: jax.nn.softplus(-m * d),
-    "exponential": lambda d, m: jnp.exp(-m * d),
+    "exponential": lambda d, m: linear_tail_exp(-m * d),
 }
 
 
@@ -38,8 +39,8 @@ def pairwise_surrogate(kind: str, difference: ArrayLike, *, margin: float = 1.0)
       margin: m above 0; the slope for the logistic and the exponential. Default 1.
 
     Returns:
-      `[...]` losses in the type of `difference`. The exponential overflows where m d is below
-      about -88; the others are finite for any scores.
+      `[...]` losses in the type of `difference`. The exponential goes on as its tangent once it
+      passes 1e27 (in float32).
 
     Raises:
       ValueError: an unknown `kind`, or a `margin` that is not positive.

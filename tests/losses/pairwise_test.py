@@ -29,7 +29,7 @@ def test_surrogates_match_their_formulas_and_bound_the_step(kind):
 
 
 def test_surrogates_stay_finite_and_name_bad_input():
-    for kind in set(LITERAL) - {"exponential"}:
+    for kind in LITERAL:
         value, slope = jax.value_and_grad(lambda d: pairwise_surrogate(kind, d).sum())(
             jnp.array([-2e4, 0.0, 1.0, 2e4])
         )
