@@ -27,6 +27,18 @@ ARGUMENTS: dict[str, dict[str, Any]] = {"truncated_poly_loss": {"num_terms": 3}}
 """What a loss cannot be called without."""
 
 
+DEARER = {
+    "rescaled_square_loss": "reads every wrong logit, and where the label stands among them",
+    "squentropy": "reads every wrong logit besides the softmax",
+    "crammer_singer_loss": "a maximum over the classes, whose gradient asks which one it is",
+    "label_distributionally_robust_loss": "two exponentials a class, exact for every temperature",
+    "adaptive_ldr_loss": "a second softmax, its divergence from uniform, and normalised logits",
+    "dual_focal_loss": "a softmax whose every class is compared with the label's",
+    "ensemble_calibrated_loss": "draws and sorts as many random numbers as there are scores",
+    "one_way_partial_auc_loss": "all pairs of a positive and a negative",
+    "two_way_partial_auc_loss": "all pairs of a positive and a negative",
+}
+"""Why a loss takes more than three times as long as plain cross-entropy."""
 NO_LOSSES = ("fit_temperature", "logit_margin")
 """What takes logits and labels, too."""
 
@@ -123,6 +135,8 @@ def compared(
             yield Measurement(NAME, case, name, "bytes", moved[name])
         else:
             yield Measurement(NAME, case, name, "seconds", median, peer, times[name])
+            if times[name] > 3:
+                progress(f"above 3 x: {name}: {DEARER.get(name, 'no reason is known')}")
             share = moved[name] / moved[peer]
             yield Measurement(NAME, case, name, "bytes", moved[name], peer, share)
 

@@ -64,7 +64,15 @@ def label_distribution(
     labels = jnp.asarray(labels)
     dtype = compute_dtype(logits)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        is_label, exists = _label_mask(labels, logits, axis, where)
+        check_shape(logits.shape[:axis] + logits.shape[axis + 1 :], labels=labels)
+        id_dtype = jnp.promote_types(labels.dtype, jnp.int32)  # int8 ids cannot count 1000 classes
+        classes = jax.lax.broadcasted_iota(id_dtype, logits.shape, axis)
+        is_label = classes == jnp.expand_dims(labels.astype(id_dtype), axis)
+        if where is not None:
+            is_label &= where
+        exists = is_label.any(axis=axis, keepdims=True)
+        if where is not None:  # an example without classes has no label to be wrong about
+            exists |= ~jnp.broadcast_to(where, logits.shape).any(axis=axis, keepdims=True)
         distribution = jnp.where(exists, is_label.astype(dtype), jnp.nan)
     elif jnp.issubdtype(labels.dtype, jnp.floating):
         check_shape(logits.shape, labels=labels)
@@ -119,17 +127,21 @@ def expected_over_labels(
         )
         return jnp.sum(q * loss(masked_log_softmax(logits, axis=axis, where=where)), axis=axis)
     axis = _checked_axis(logits, axis, where)
-    is_label, exists = _label_mask(labels, logits, axis, where)
+    check_shape(logits.shape[:axis] + logits.shape[axis + 1 :], labels=labels)
     logits = logits.astype(compute_dtype(logits))
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # int8 does not know 1000
+    known = (labels >= 0) & (labels < logits.shape[axis])
+    place = jnp.expand_dims(jnp.where(known, labels, 0), axis)
     if where is not None:
-        logits = jnp.where(where, logits, jnp.finfo(logits.dtype).min)
+        admitted = jnp.broadcast_to(where, logits.shape)
+        known &= jnp.squeeze(jnp.take_along_axis(admitted, place, axis), axis)
+        logits = jnp.where(admitted, logits, jnp.finfo(logits.dtype).min)
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=axis, keepdims=True))
     log_total = jnp.log(jnp.sum(jnp.exp(shifted), axis=axis))
-    log_p = jnp.sum(jnp.where(is_label, shifted, 0.0), axis=axis) - log_total
-    losses = loss(jnp.where(jnp.squeeze(exists, axis), log_p, jnp.nan))
-    if where is not None:
-        losses = jnp.where(jnp.broadcast_to(where, logits.shape).any(axis=axis), losses, 0.0)
-    return losses
+    log_p = jnp.squeeze(jnp.take_along_axis(shifted, place, axis), axis) - log_total
+    losses = loss(jnp.where(known, log_p, jnp.nan))
+    # an example without classes has no label to be wrong about
+    return losses if where is None else jnp.where(admitted.any(axis=axis), losses, 0.0)
 
 
 def _checked_axis(logits: Array, axis: int, where: ArrayLike | None) -> int:
@@ -141,20 +153,3 @@ def _checked_axis(logits: Array, axis: int, where: ArrayLike | None) -> int:
     if logits.shape[axis] == 0:
         raise ValueError(f"logits must have at least one class, got shape {logits.shape}")
     return axis % logits.ndim
-
-
-def _label_mask(
-    labels: Array, logits: Array, axis: int, where: ArrayLike | None
-) -> tuple[Array, Array]:
-    """Which class is an example's label, and whether it is one, the axis kept."""
-    check_shape(logits.shape[:axis] + logits.shape[axis + 1 :], labels=labels)
-    id_dtype = jnp.promote_types(labels.dtype, jnp.int32)  # int8 ids cannot count 1000 classes
-    classes = jax.lax.broadcasted_iota(id_dtype, logits.shape, axis)
-    is_label = classes == jnp.expand_dims(labels.astype(id_dtype), axis)
-    if where is None:
-        return is_label, is_label.any(axis=axis, keepdims=True)
-    is_label &= where
-    exists = is_label.any(axis=axis, keepdims=True)
-    # an example without classes has no label to be wrong about
-    exists |= ~jnp.broadcast_to(where, logits.shape).any(axis=axis, keepdims=True)
-    return is_label, exists
