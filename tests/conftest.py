@@ -1,5 +1,6 @@
 """Eight virtual CPU devices and a shared compilation cache for every test."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
+_tests = itertools.count(1)
 THOROUGH_ROOMS = ("bench", "kernels")
 """Rooms whose tests are about what the compiler makes."""
 
@@ -31,3 +33,5 @@ def compile_quickly(request):
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    if next(_tests) % 200 == 0:  # a process of thousands of tests would hold gigabytes of programs
+        jax.clear_caches()
