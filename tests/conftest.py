@@ -19,17 +19,17 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 _tests = itertools.count(1)
-THOROUGH_ROOMS = ("bench", "kernels")
-"""Rooms whose tests are about what the compiler makes."""
+QUICK_ROOMS = (
+    "adaptation", "analysis", "attention", "core", "data", "losses", "metrics", "models",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def compile_quickly(request):
-    """XLA optimises little: tests compile much and compute little, and take two thirds of the time.
-    A test of what the compiler makes is marked `optimized`."""
+    """XLA optimises little, which takes two thirds of the time, in rooms whose tests compile much
+    and compute little. A test of what the compiler makes is marked `optimized`."""
     room = request.path.relative_to(request.config.rootpath).parts[1]
-    marked = request.node.get_closest_marker("optimized")
-    quick = room not in THOROUGH_ROOMS and not marked
+    quick = room in QUICK_ROOMS and not request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -254,7 +254,7 @@ def crammer_singer_loss(
     Multi-class Classification: Consistency, Robustness and Adaptivity", 2021, arXiv:2112.14869.
     """
     violations, _ = margin_violations(logits, labels, margin=margin, axis=axis, where=where)
-    return jnp.max(violations, axis=axis).astype(jnp.result_type(logits))
+    return jnp.squeeze(largest(violations, axis), axis).astype(jnp.result_type(logits))
 
 
 def weston_watkins_loss(
@@ -323,6 +323,16 @@ def margin_violations(
     own = jnp.sum(q * f, axis=axis, keepdims=True)
     violations = jnp.where(admitted, margin * (1 - q) + f - own, 0.0)
     return violations, jnp.maximum(admitted.sum(axis=axis, keepdims=True), 1)
+
+
+def largest(values: Array, axis: int) -> Array:
+    """The maximum of computed values, the axis kept, with a gradient for one entry.
+
+    The gradient of jnp.max asks which entries equal it, and finds none where a compiler computes
+    the values twice and rounds them differently.
+    """
+    place = jnp.argmax(jax.lax.stop_gradient(values), axis=axis, keepdims=True)
+    return jnp.take_along_axis(values, place, axis)
 
 
 def _margins(scores: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> Array:

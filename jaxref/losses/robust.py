@@ -17,7 +17,7 @@ from jaxref.core.checks import (
 )
 from jaxref.core.labels import masked_log_softmax
 from jaxref.core.numerics import compute_dtype
-from jaxref.losses.margins import margin_violations
+from jaxref.losses.margins import largest, margin_violations
 
 
 def label_distributionally_robust_loss(
@@ -83,7 +83,7 @@ def label_distributionally_robust_loss(
     if endless:
         losses = jnp.sum(d, axis=axis, keepdims=True) / count
     elif not traced and temperature == 0:
-        losses = jnp.max(d, axis=axis, keepdims=True)
+        losses = largest(d, axis)
     else:
         losses = _soft_maximum(d, temperature, count, axis=axis, where=where)
     return jnp.squeeze(losses, axis=axis).astype(jnp.result_type(logits))

@@ -182,7 +182,7 @@ class TestComponents:
             ("loss", "linear_softmax_cross_entropy", kernels.linear_softmax_cross_entropy),
             ("loss", "poly_cross_entropy", losses.poly_cross_entropy),
             ("loss", "squentropy", losses.squentropy),
-            ("loss", "sigmoid_focal_loss", optax.losses.sigmoid_focal_loss),
+            ("loss", "kl_divergence", optax.losses.kl_divergence),
             ("model.norm", "layer_norm", norms.layer_norm),
             ("model.query_key_norm", "layer_norm", norms.layer_norm),
             ("model.attention", "dot_product_attention", attention.dot_product_attention),

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
                 "validation_fraction": 0.02,
                 "vocab_size": 256,
                 "token_dtype": "uint16",  # of tokens:FILE
-                "positive_classes": (),  # of images: to tell from all others; () keeps all apart
+                "positive_classes": [],  # of images: to tell from all others; [] keeps all apart
             },
             "model": {
                 "name": "Transformer",
