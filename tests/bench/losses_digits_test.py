@@ -19,11 +19,11 @@ def test_settings_damage_what_they_say():
 
 def test_plot_has_a_panel_for_each_setting_and_metric():
     measured = [
-        Measurement("losses_digits", case, loss, metric, value)
+        Measurement("losses_digits", case, loss, kind, value)
         for case, metrics in (("wrong labels", ["accuracy"]), ("rare positives", ["AUROC", "F1"]))
         for metric in metrics
         for loss, mean in (("cross_entropy", 0.8), ("other", 0.9))
-        for metric, value in ((metric, mean), (f"{metric} standard error", 0.01))
+        for kind, value in ((metric, mean), (f"{metric} standard error", 0.01))
     ]
     axes = losses_digits.plot_study(measured)
     assert [ax.get_xlabel() for ax in axes] == ["accuracy", "AUROC", "F1"]
