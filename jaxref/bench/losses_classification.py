@@ -30,7 +30,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {"truncated_poly_loss": {"num_terms": 3}}
 DEARER = {
     "rescaled_square_loss": "reads every wrong logit, and where the label stands among them",
     "squentropy": "reads every wrong logit besides the softmax",
-    "crammer_singer_loss": "a search for the worst rival, and a gradient for it and the label in place of the softmax",
+    "crammer_singer_loss": "a search for the worst rival of the label, besides the pass over all",
     "label_distributionally_robust_loss": "two exponentials a class, exact for every temperature",
     "adaptive_ldr_loss": "a second softmax, its divergence from uniform, and normalised logits",
     "dual_focal_loss": "a softmax whose every class is compared with the label's",
