@@ -35,6 +35,7 @@ DEARER = {
     "adaptive_ldr_loss": "a second softmax, its divergence from uniform, and normalised logits",
     "dual_focal_loss": "a softmax whose every class is compared with the label's",
     "ensemble_calibrated_loss": "draws and sorts as many random numbers as there are scores",
+    "periodic_ensemble_calibrated_loss": "draws and sorts likewise",
     "one_way_partial_auc_loss": "all pairs of a positive and a negative",
     "two_way_partial_auc_loss": "all pairs of a positive and a negative",
 }

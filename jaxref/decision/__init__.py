@@ -1,6 +1,15 @@
-"""Decisions: solvers, and search without gradients."""
+"""Decisions: solvers, search without gradients, and whom to contact."""
 
 from jaxref.decision.black_box import CrossEntropyResult, Gaussian, cross_entropy_search
+from jaxref.decision.predict_and_optimize import (
+    ExpectedMaximumProfit,
+    expected_maximum_profit,
+    optimal_targeting,
+    profit_regret_surrogate,
+    retention_profit,
+    spo_plus_loss,
+    targeting_regret,
+)
 from jaxref.decision.solvers import SolveInfo, levenberg_marquardt
 
 __all__ = [
@@ -9,4 +18,11 @@ __all__ = [
     "cross_entropy_search",
     "CrossEntropyResult",
     "Gaussian",
+    "retention_profit",
+    "optimal_targeting",
+    "targeting_regret",
+    "profit_regret_surrogate",
+    "spo_plus_loss",
+    "expected_maximum_profit",
+    "ExpectedMaximumProfit",
 ]

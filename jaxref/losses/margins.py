@@ -1,6 +1,7 @@
 """Losses of the margin: of two classes, drawn at random or fixed, and of many classes."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def ensemble_calibrated_loss(
     labels: ArrayLike,
     *,
     key: ArrayLike,
-    box_cox_lambda: float = 0.0,
+    box_cox_lambda: ArrayLike = 0.0,
     slope_floor: float = -1.0,
     epsilon: float = 1e-6,
     where: ArrayLike | None = None,
@@ -103,8 +104,7 @@ def ensemble_calibrated_loss(
       labels: y of the shape of `scores`: booleans, integers or floating point, each 0 or 1; any
         other value gives NaN for its example.
       key: a key from `jax.random`, a new one for each step.
-      box_cox_lambda: λ, finite: how heavy-tailed the slopes are. The authors draw it anew from
-        U(-1, 1) every few epochs. Default 0.
+      box_cox_lambda: λ, finite: how heavy-tailed the slopes are. Default 0, the authors'.
       slope_floor: the steepest slope, negative. Default -1, the authors'.
       epsilon: what every slope is at least below 0, at least 0. Default 1e-6, the authors'.
       where: boolean, broadcastable to `scores`; excluded entries are no members of the set and have
@@ -120,7 +120,8 @@ def ensemble_calibrated_loss(
       TypeError: scores that are not floating point.
 
     Use it to keep a large network from fitting the quirks of one loss, in batches of some dozens at
-    least; `margin_loss` has losses whose values can be watched.
+    least; `periodic_ensemble_calibrated_loss` varies λ, too, and `margin_loss` has losses whose
+    values can be watched.
 
     Example:
       >>> scores, labels = jnp.array([0.5, -1.0, 3.0]), jnp.array([1, 1, 0])
@@ -144,11 +145,139 @@ def ensemble_calibrated_loss(
     return (slopes * margins).astype(jnp.result_type(scores))
 
 
+class EnsembleState(NamedTuple):
+    """What `periodic_ensemble_calibrated_loss` carries from step to step.
+
+    Attributes:
+      box_cox_lambda: float32, λ as it was drawn last; 0 before.
+      epoch: int32, the epoch of the last step, from 1; 0 before the first.
+      examples: int32, how many examples were seen in it.
+      num_examples: int32, how many an epoch has.
+
+    Reference: Dai, "EnsLoss: Stochastic Calibrated Loss Ensembles for Preventing Overfitting in
+    Classification", 2024, arXiv:2409.00908.
+    """
+
+    box_cox_lambda: Array
+    epoch: Array
+    examples: Array
+    num_examples: Array
+
+
+def periodic_ensemble_calibrated_init(num_examples: int) -> EnsembleState:
+    """The state of `periodic_ensemble_calibrated_loss` before the first step.
+
+    Args:
+      num_examples: the size of the training set, at least 1.
+
+    Returns:
+      An `EnsembleState` with λ = 0.
+
+    Raises:
+      ValueError: `num_examples` below 1.
+
+    Example:
+      >>> periodic_ensemble_calibrated_init(3).box_cox_lambda
+      Array(0., dtype=float32)
+
+    Reference: Dai, "EnsLoss: Stochastic Calibrated Loss Ensembles for Preventing Overfitting in
+    Classification", 2024, arXiv:2409.00908.
+    """
+    check_interval(1, jnp.inf, num_examples=num_examples)
+    size = jnp.asarray(num_examples, jnp.int32)
+    return EnsembleState(jnp.float32(0), jnp.int32(0), size, size)  # the next step begins an epoch
+
+
+def periodic_ensemble_calibrated_loss(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    state: EnsembleState,
+    *,
+    key: ArrayLike,
+    period: int = 10,
+    slope_floor: float = -1.0,
+    epsilon: float = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+) -> tuple[Array, EnsembleState]:
+    r"""The slope of a random calibrated loss of a changing kind times each margin (of the set).
+
+    It is `ensemble_calibrated_loss` with a λ that is 0 at first and drawn anew with the first step
+    of every epoch e = 1, 2, ... that the period p divides:
+
+        λ ~ U(-1, 1)   where e mod p = 0
+
+    An epoch begins once as many examples as the training set has were seen since the last.
+
+    Args:
+      scores: `[...]` floating point, positive for class 1; all its entries are one set.
+      labels: y of the shape of `scores`: booleans, integers or floating point, each 0 or 1; any
+        other value gives NaN for its example.
+      state: from `periodic_ensemble_calibrated_init` or the step before.
+      key: a key from `jax.random`, a new one for each step.
+      period: p at least 1, in epochs. Default 10, the least that the authors compare.
+      slope_floor: the steepest slope, negative. Default -1, the authors'.
+      epsilon: what every slope is at least below 0, at least 0. Default 1e-6, the authors'.
+      where: boolean, broadcastable to `scores`; excluded entries are no members of the set, have
+        loss 0 and do not count as seen.
+      axis_name: name or names of the mesh or vmap axes over which the set is spread. The key has to
+        be the same on all shards.
+
+    Returns:
+      `[...]` values in the type of `scores`, for their mean to be differentiated, and the next
+      state, which has no gradient.
+
+    Raises:
+      ValueError: a hyperparameter out of its range, or shapes that do not match.
+      TypeError: scores that are not floating point.
+
+    Use it for an ensemble over losses of light and of heavy tails, in runs of many epochs;
+    `ensemble_calibrated_loss` keeps to one λ and needs no state.
+
+    Example:
+      >>> scores, labels = jnp.array([0.5, -1.0, 3.0]), jnp.array([1, 1, 0])
+      >>> state, key = periodic_ensemble_calibrated_init(3), jax.random.key(0)
+      >>> lambdas = []
+      >>> for epoch in range(4):
+      ...     _, state = periodic_ensemble_calibrated_loss(
+      ...         scores, labels, state, key=jax.random.fold_in(key, epoch), period=2
+      ...     )
+      ...     lambdas.append(float(state.box_cox_lambda))
+      >>> [a == b for a, b in zip([0.0, *lambdas], lambdas)]
+      [True, False, True, False]
+
+    Reference: Dai, "EnsLoss: Stochastic Calibrated Loss Ensembles for Preventing Overfitting in
+    Classification", 2024, arXiv:2409.00908.
+    """
+    check_interval(1, jnp.inf, period=period)
+    slopes_key, lambda_key = jax.random.split(key)
+    epoch = state.epoch + state.examples // state.num_examples
+    redraw = epoch // period > state.epoch // period
+    drawn = jax.random.uniform(lambda_key, (), jnp.float32, -1, 1)
+    box_cox_lambda = jnp.where(redraw, drawn, state.box_cox_lambda)
+    losses = ensemble_calibrated_loss(
+        scores,
+        labels,
+        key=slopes_key,
+        box_cox_lambda=box_cox_lambda,
+        slope_floor=slope_floor,
+        epsilon=epsilon,
+        where=where,
+        axis_name=axis_name,
+    )
+    admitted = True if where is None else where
+    seen = jnp.sum(jnp.broadcast_to(admitted, jnp.shape(scores)), dtype=jnp.int32)
+    if axis_name is not None:
+        seen = jax.lax.psum(seen, axis_name)
+    examples = state.examples % state.num_examples + seen
+    return losses, EnsembleState(box_cox_lambda, epoch, examples, state.num_examples)
+
+
 def sample_calibrated_derivatives(
     margins: ArrayLike,
     *,
     key: ArrayLike,
-    box_cox_lambda: float = 0.0,
+    box_cox_lambda: ArrayLike = 0.0,
     slope_floor: float = -1.0,
     epsilon: float = 1e-6,
     where: ArrayLike | None = None,

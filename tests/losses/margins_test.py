@@ -116,8 +116,67 @@ class TestClaims:
         bounded = random_slopes(np.minimum(margins, 1), KEY) + 1e-6
         np.testing.assert_allclose(slopes, bounded / np.maximum(margins, 1), rtol=1e-5)
 
+    def test_kind_of_loss_is_drawn_anew_every_few_epochs(self):
+        """As the authors' loop over epochs and batches does, whose last one is smaller."""
+        rng = np.random.default_rng(0)
+        scores, labels = rng.normal(size=4).astype("f"), np.array([0, 1, 1, 0])
+        where, key = np.arange(4) < np.array([[4], [4], [2]]), KEY
+        step = jax.jit(losses.periodic_ensemble_calibrated_loss, static_argnames="period")
+        for period in (1, 2, 3):
+            state, lam = losses.periodic_ensemble_calibrated_init(10), 0.0
+            for epoch in range(1, 7):
+                redrawn = epoch % period == 0
+                for batch in range(3):
+                    key, step_key = jax.random.split(key)
+                    values, state = step(
+                        scores, labels, state, key=step_key, period=period, where=where[batch]
+                    )
+                    assert (state.box_cox_lambda != lam) == (redrawn and batch == 0)
+                    lam = float(state.box_cox_lambda)
+                    assert -1 <= lam <= 1
+                assert state.epoch == epoch
+                # the values are of this λ, and of the part of the key that is left for them
+                expected = losses.ensemble_calibrated_loss(
+                    scores,
+                    labels,
+                    key=jax.random.split(step_key)[0],
+                    box_cox_lambda=lam,
+                    where=where[2],
+                )
+                np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+    def test_kinds_of_losses_are_uniform(self):
+        state = losses.periodic_ensemble_calibrated_init(1)
+        loss = lambda key: losses.periodic_ensemble_calibrated_loss(
+            jnp.zeros(1), jnp.ones(1), state, key=key, period=1
+        )
+        draws = jax.jit(jax.vmap(lambda key: loss(key)[1].box_cox_lambda))
+        quantiles = np.quantile(draws(jax.random.split(KEY, 4000)), np.linspace(0, 1, 9))
+        np.testing.assert_allclose(quantiles, np.linspace(-1, 1, 9), atol=0.05)
+
 
 class TestSets:
+    def test_state_counts_what_all_shards_have_seen(self):
+        where = np.arange(16) % 4 > 0
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        sharded = jax.shard_map(
+            lambda s, w: losses.periodic_ensemble_calibrated_loss(
+                s,
+                jnp.ones(2),
+                losses.periodic_ensemble_calibrated_init(12),
+                key=KEY,
+                where=w,
+                period=1,
+                axis_name="data",
+            ),
+            mesh=mesh,
+            in_specs=(P("data"),) * 2,
+            out_specs=(P("data"), P()),
+        )
+        _, state = jax.jit(sharded)(np.arange(16.0, dtype="f"), where)
+        assert (state.epoch, state.examples) == (1, 12)
+        assert state.box_cox_lambda != 0
+
     def test_shards_draw_what_the_whole_set_does(self):
         rng = np.random.default_rng(0)
         scores, labels = rng.normal(size=(16, 2)).astype("f"), rng.integers(2, size=(16, 2))
@@ -217,6 +276,16 @@ class TestContract:
             (
                 lambda s, y: losses.sample_calibrated_derivatives(s, key=KEY, where=y[:2] > 0),
                 "where must broadcast",
+            ),
+            (
+                lambda s, y: losses.periodic_ensemble_calibrated_loss(
+                    s, y, losses.periodic_ensemble_calibrated_init(3), key=KEY, period=0
+                ),
+                "period must be in",
+            ),
+            (
+                lambda s, y: losses.periodic_ensemble_calibrated_init(0),
+                "num_examples must be in",
             ),
             (lambda s, y: losses.crammer_singer_loss(s, 0, margin=-1.0), "margin must be in"),
             (lambda s, y: losses.weston_watkins_loss(s, 0, axis=1), "axis"),

@@ -60,6 +60,22 @@ def test_losses_of_two_classes_read_the_log_odds(name):
         program_and_batch(chosen)
 
 
+def test_the_kind_of_a_random_loss_changes_with_the_epoch():
+    chosen = ("loss.name=periodic_ensemble_calibrated_loss", "loss.period=2")
+    program, batch = program_and_batch(*chosen, num_classes=2)
+    state, seen = program.init(jax.random.key(0)), []
+    for _ in range(6):  # of 8 of 20 examples each
+        state, metrics = program.step(state, program.put(batch))
+        assert np.isfinite(metrics.loss)
+        kept = [x.item() for x in state.model_state.statistics["loss"]["state"].values()]
+        seen.append(tuple(kept[:2]))
+    lambdas, epochs = zip(*seen)
+    assert epochs == (1, 1, 1, 2, 2, 3)
+    assert set(lambdas[:3]) == {0.0}
+    assert len({*lambdas[3:]}) == 1
+    assert 0 < abs(lambdas[3]) < 1
+
+
 def test_a_learned_link_trains_with_the_model_and_is_used_in_evaluation():
     program, batch = program_and_batch("loss.name=legendretron_loss", "optimizer.name=sgd")
     state = program.init(jax.random.key(0))
