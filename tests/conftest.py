@@ -6,6 +6,10 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# For the TPU compiler: not to ask the cloud which machine this is, and to run in many processes.
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["JAXREF_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jaxref-tests")
 
 import jax
 import pytest
@@ -20,7 +24,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 _tests = itertools.count(1)
 QUICK_ROOMS = (
-    "adaptation", "analysis", "attention", "core", "data", "losses", "metrics", "models",
+    "adaptation", "analysis", "attention", "bench", "core", "data", "decision", "losses", "metrics",
+    "models", "nn", "norms", "optimizers", "parallel", "quantization",
 )  # fmt: skip
 
 

@@ -3,11 +3,14 @@
 XLA takes a row as one tile, a kernel as many, which it sums up one by one.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
 from jaxref.core.numerics import compute_dtype
+from jaxref.kernels.block_sizes import tuned_block
 from jaxref.kernels.implementation import Implementation
 from jaxref.kernels.row_function import RowFunction, Statistics, Tile
 
@@ -21,6 +24,7 @@ def apply_rows(
     dtypes: tuple[DTypeLike, ...] = (),
     implementation: Implementation,
     block: tuple[int, int] | None = None,
+    returns_statistics: bool = True,
 ) -> tuple[tuple[Array, ...], Statistics]:
     """A function of the rows of arrays, which lie along their last axes.
 
@@ -31,10 +35,13 @@ def apply_rows(
       of_column: arrays `[columns]`, given to the function.
       dtypes: types of what is written.
       implementation: what computes it, from `choose_implementation`.
-      block: rows and columns of a kernel's tile; XLA does without. Default: by the shape.
+      block: rows and columns of a kernel's tile; XLA does without. Default: as measured
+        (`block_sizes`), else by the shape.
+      returns_statistics: False keeps what is measured inside of a kernel.
 
     Returns:
-      The arrays written `[..., columns]`, and the statistics `[...]`.
+      The arrays written `[..., columns]`, followed by the sums over the rows `[columns]`, in the
+      type of the statistics; and the statistics `[...]`, or none where they are not returned.
 
     >>> total = lambda tile: jnp.sum(jnp.where(tile.exists, *tile.values, 0), -1, keepdims=True)
     >>> share = RowFunction(
@@ -51,25 +58,28 @@ def apply_rows(
     *lead, width = values[0].shape
     if implementation.platform == "xla":
         rows = tuple(x[..., None] for x in of_row)
-        written, statistics = _at_once(function, values, rows, tuple(x[None] for x in of_column))
+        columns = tuple(x[None] for x in of_column)
+        written, sums, statistics = _at_once(function, values, rows, columns)
+        statistics = statistics if returns_statistics else ()
     else:
         if implementation.platform == "tpu":
             from jaxref.kernels.rows_tpu import run
         else:
             from jaxref.kernels.rows_gpu import run
-        written, statistics = run(
+        written, sums, statistics = run(
             function,
             tuple(x.reshape(-1, width) for x in values),
             tuple(x.reshape(-1, 1) for x in of_row),
             tuple(x.reshape(1, width) for x in of_column),
             dtypes,
-            block,
+            block or tuned_block(function.name, (math.prod(lead), width)),
+            returns_statistics,
             implementation.interpret,
         )
     written = tuple(
         x.reshape(*lead, width).astype(dtype) for x, dtype in zip(written, dtypes, strict=True)
     )
-    return written, tuple(x.reshape(lead) for x in statistics)
+    return (*written, *sums), tuple(x.reshape(lead) for x in statistics)
 
 
 def _at_once(
@@ -77,11 +87,13 @@ def _at_once(
     values: tuple[Array, ...],
     of_row: tuple[Array, ...],
     of_column: tuple[Array, ...],
-) -> tuple[tuple[Array, ...], Statistics]:
+) -> tuple[tuple[Array, ...], tuple[Array, ...], Statistics]:
     dtype = compute_dtype(*values)
     column = jnp.arange(values[0].shape[-1], dtype=jnp.int32)[None]
     wide = tuple(x.astype(dtype) for x in values)
     scaled = tuple(x.astype(dtype) for x in of_column)
     tile = Tile(wide, of_row, scaled, column, jnp.ones_like(column, bool))
     statistics = function.measure(tile)
-    return function.write(tile, statistics), statistics
+    rows = tuple(range(values[0].ndim - 1))
+    sums = tuple(jnp.sum(x, axis=rows) for x in function.add_up(tile, statistics))
+    return function.write(tile, statistics), sums, statistics

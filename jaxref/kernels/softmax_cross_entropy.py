@@ -122,6 +122,9 @@ def softmax_cross_entropy(
     if has_ids:
         target, here = local_ids(labels, width, axis_name)
         known = (labels >= 0) & (labels < whole_width(width, axis_name))
+        if admitted is not None:
+            here &= jnp.take_along_axis(admitted, target[..., None], axis=-1)[..., 0]
+            known &= here if axis_name is None else jax.lax.psum(here.astype(int), axis_name) > 0
         target = jnp.where(here, target, -1)  # no column
     else:
         target = jnp.moveaxis(labels, axis, -1).astype(compute_dtype(rows))
@@ -139,8 +142,6 @@ def softmax_cross_entropy(
     log_z = sums.log_sum + top
     losses = losses + z_loss * log_z * log_z
     if known is not None:
-        if admitted is not None:
-            known = known & (sums.target_mass > 0)
         losses = jnp.where(known, losses, jnp.nan)
     return jnp.where(sums.top == -jnp.inf, 0, losses).astype(logits.dtype)
 
@@ -157,8 +158,8 @@ class _Sums(NamedTuple):
       top: m, the largest logit l; a constant to differentiation.
       log_sum: log Σ exp(l - m).
       target: Σ q (l - m) over the target distribution q, which is 1 at the label.
-      target_mass: Σ q over the classes whose logit is not -inf.
-      spread: Σ (l - m) over those classes, where labels are smoothed.
+      target_mass: Σ q.
+      spread: Σ (l - m) over the classes whose logit is not -inf, where labels are smoothed.
       classes: how many these are.
     """
 
@@ -203,10 +204,10 @@ def _sums_backward(
     )
     if of_row:
         return d_logits, None
-    capped = _capped(logits.astype(target.dtype), options.soft_cap) - finite(top)[..., None]
-    exists = logits > -jnp.inf
-    d_target = cotangents.target[..., None] * jnp.where(exists, capped, 0)
-    return d_logits, d_target + cotangents.target_mass[..., None] * exists
+    relative = _capped(logits.astype(target.dtype), options.soft_cap) - finite(top)[..., None]
+    relative = jnp.where(logits == -jnp.inf, 0, relative)
+    d_target = cotangents.target[..., None] * relative + cotangents.target_mass[..., None]
+    return d_logits, d_target
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
@@ -236,15 +237,12 @@ def _reduction(options: _Options) -> RowFunction:
     def measure(tile: Tile) -> Statistics:
         logits = _capped(tile.values[0], options.soft_cap)
         top, total = measure_exponentials(tile._replace(values=(logits,)))
-        there = tile.exists & (logits != -jnp.inf)
         relative = logits - finite(top)
         target = jnp.where(tile.exists, _target_of(tile), 0)
         total_of = functools.partial(jnp.sum, axis=-1, keepdims=True)
-        sums = [
-            total_of(jnp.where(target != 0, target * relative, 0)),
-            total_of(jnp.where(there, target, 0)),
-        ]
+        sums = [total_of(jnp.where(target != 0, target * relative, 0)), total_of(target)]
         if options.smooth:
+            there = tile.exists & (logits != -jnp.inf)
             count = total_of(jnp.where(there, jnp.ones_like(logits), 0))
             sums += [total_of(jnp.where(there, relative, 0)), count]
         return top, total, *sums

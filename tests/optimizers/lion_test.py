@@ -237,6 +237,7 @@ class TestClaims:
         free = trajectory(optimizers.lion(lr), jnp.zeros(7), gradient, 6000)
         np.testing.assert_allclose(free[-1], target, atol=5 * lr)
 
+    @pytest.mark.optimized  # where entries tie, which of them is largest hangs on the last bit
     @pytest.mark.parametrize("name", KAPPAS)
     def test_fixed_points_solve_the_composite_problem(self, name):
         """At the minimum of f(x) + K*(wd x)/wd, wd x is a subgradient of K at -∇f(x): the

@@ -1,0 +1,182 @@
+"""Softmax and cross-entropy kernels against JAX, PyTorch and the speed of a copy.
+
+On a CPU the softmax of long rows, in every way to go over them. On a GPU or TPU also the Pallas
+kernels, forward and backward. "copy speed" is the time of a plain copy of the input over the time
+of the function: no function that reads an array and writes one can reach more than 1. `--tune`
+measures sizes of the kernels' tiles first, and keeps the best for all later programs.
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+
+from jaxref import kernels
+from jaxref.bench.harness import (
+    Measurement,
+    compiled_cost,
+    interleave,
+    optional_peer,
+    progress,
+    ratios,
+)
+from jaxref.kernels.block_sizes import record_block, trying_block
+
+NAME = "softmax"
+PEER = "jax.nn.softmax"
+
+
+def run(*, quick: bool = False, repeats: int = 30, tune: bool = False) -> Iterator[Measurement]:
+    """`repeats` rounds of every function at every shape."""
+    repeats = 2 if quick else repeats
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:
+        shapes = [((2, 256), "float32")]
+        if not quick:
+            shapes = [((16, 2**20), "float32"), ((256, 32000), "float32"), ((1, 2**20), "float32")]
+    else:
+        shapes = [((8192, 32000), "bfloat16"), ((4096, 32000), "float32"), ((64, 2**20), "float32")]
+    if tune:
+        if on_cpu:
+            raise ValueError("tune needs a GPU or a TPU: XLA's programs for a CPU have no tiles")
+        for shape, dtype in shapes:
+            yield from tuned(shape, dtype, repeats=repeats)
+    for shape, dtype in shapes:
+        yield from softmax_case(shape, dtype, repeats=repeats, on_cpu=on_cpu)
+    shape, dtype = shapes[0] if not on_cpu else ((4, 128) if quick else (2048, 32000), "float32")
+    yield from cross_entropy_case(shape, dtype, repeats=repeats, on_cpu=on_cpu)
+
+
+def softmax_case(
+    shape: tuple[int, int], dtype: str, *, repeats: int, on_cpu: bool
+) -> Iterator[Measurement]:
+    """The softmax of rows, forward."""
+    x = 4 * jax.random.normal(jax.random.key(0), shape, dtype)
+    functions: dict[str, Callable[[Array], Array]] = {
+        "copy": lambda x: -x,  # a copy that the compiler cannot leave out
+        PEER: jax.nn.softmax,
+        "softmax": partial(kernels.softmax, implementation="xla"),
+        "two_pass_softmax": partial(kernels.two_pass_softmax, implementation="xla"),
+        "three passes, recomputing": kernels.three_pass_softmax,
+        "three passes, reloading": partial(kernels.three_pass_softmax, recompute=False),
+    }
+    if not on_cpu:
+        functions["softmax, pallas"] = partial(kernels.softmax, implementation="pallas")
+        functions["two_pass_softmax, pallas"] = partial(
+            kernels.two_pass_softmax, implementation="pallas"
+        )
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, function in functions.items():
+        calls[name] = partial(jax.jit(function), x)
+    if on_cpu and (torch := optional_peer("torch")) is not None:
+        theirs = torch.tensor(jax.device_get(x))
+        calls["torch.softmax"] = lambda: torch.softmax(theirs, -1)
+    case = f"{list(shape)} {dtype}, softmax"
+    yield from timed(case, calls, peer=PEER, repeats=repeats, copy="copy")
+
+
+def cross_entropy_case(
+    shape: tuple[int, int], dtype: str, *, repeats: int, on_cpu: bool
+) -> Iterator[Measurement]:
+    """Cross-entropy of logits and its gradient."""
+    logits = 4 * jax.random.normal(jax.random.key(0), shape, dtype)
+    labels = jax.random.randint(jax.random.key(1), shape[:1], 0, shape[1])
+    plain = optax.losses.softmax_cross_entropy_with_integer_labels
+
+    def step(losses: Callable[..., Array]) -> Callable[..., Any]:
+        return jax.jit(jax.value_and_grad(lambda x, ids: losses(x, ids).mean()))
+
+    peer = "optax"
+    steps = {
+        peer: step(plain),
+        "softmax_cross_entropy": step(partial(kernels.softmax_cross_entropy, implementation="xla")),
+    }
+    if not on_cpu:
+        steps["softmax_cross_entropy, pallas"] = step(
+            partial(kernels.softmax_cross_entropy, implementation="pallas")
+        )
+    case = f"{list(shape)} {dtype}, cross-entropy forward and backward"
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(step, logits, labels) for name, step in steps.items()
+    }
+    yield from timed(case, calls, peer=peer, repeats=repeats)
+    for name, function in steps.items():
+        memory = compiled_cost(function, logits, labels).temporary_bytes
+        yield Measurement(NAME, case, name, "temporary bytes", memory)
+
+
+def timed(
+    case: str,
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    peer: str,
+    repeats: int,
+    copy: str | None = None,
+) -> Iterator[Measurement]:
+    """Seconds of every call, and its share of the speed of the copy among them."""
+    progress(case)
+    times = interleave(calls, repeats=repeats)
+    for name, seconds in times.items():
+        ratio = None if name == peer else ratios(times, name, peer)
+        against = None if ratio is None else peer
+        yield Measurement(NAME, case, name, "seconds", statistics.median(seconds), against, ratio)
+        if copy is not None and name != copy:
+            yield Measurement(NAME, case, name, "copy speed", ratios(times, copy, name))
+
+
+def tuned(
+    shape: tuple[int, int],
+    dtype: str,
+    *,
+    repeats: int,
+    implementation: str = "pallas",
+    candidates: tuple[tuple[int, int], ...] | None = None,
+) -> Iterator[Measurement]:
+    """Measures sizes of tiles for every kernel over rows, and records the best."""
+    x = jax.random.normal(jax.random.key(0), shape, dtype)
+    labels = jax.random.randint(jax.random.key(1), shape[:1], 0, shape[1])
+    forward: dict[str, Callable[[Array], Any]] = {
+        name: partial(getattr(kernels, name), implementation=implementation)
+        for name in ("softmax", "log_softmax", "logsumexp", "two_pass_softmax")
+    }
+    forward["softmax_cross_entropy"] = lambda x: kernels.softmax_cross_entropy(
+        x, labels, implementation=implementation
+    )
+    candidates = candidates or tile_candidates(shape)
+    for name, function in forward.items():
+        times: dict[tuple[int, int], float] = {}
+        for block in candidates:
+            with trying_block(name, shape, block):
+                try:
+                    call = partial(jax.jit(lambda x, f=function: f(x)), x)
+                    seconds = interleave({name: call}, repeats=repeats)[name]
+                except jax.errors.JaxRuntimeError as error:  # too large for the chip's memory
+                    progress(f"{name} in tiles of {block}: {str(error).partition(chr(10))[0]}")
+                    continue
+            times[block] = statistics.median(seconds)
+        if not times:
+            raise RuntimeError(f"no tile of {candidates} runs for {name} of {shape}")
+        best = min(times, key=lambda block: times[block])
+        path = record_block(name, shape, best)
+        progress(f"{name} {shape}: tiles of {best}, kept in {path}")
+        case = f"{list(shape)} {dtype}, tiles of {name}"
+        for (rows, columns), median in times.items():
+            yield Measurement(NAME, case, f"{rows} x {columns}", "seconds", median)
+
+
+def tile_candidates(shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Sizes of tiles worth a try: what a platform's kernels can have at all.
+
+    >>> len(tile_candidates((1024, 32000))) > 10
+    True
+    """
+    on_tpu = jax.default_backend() == "tpu"
+    rows = (8, 16, 32, 64, 128, 256) if on_tpu else (1, 2, 4, 8)
+    columns = (512, 2048, 8192, 32768) if on_tpu else (512, 1024, 2048, 4096, 8192)
+    width = max(shape[1], min(columns))
+    return tuple((r, c) for r, c in itertools.product(rows, columns) if c <= 2 * width)
