@@ -8,7 +8,7 @@ import pytest
 COLABS = Path(__file__).parents[1] / "colabs"
 NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
 
-# What makes a tutorial quick, where the pictures do not matter: text of a cell, and what replaces it.
+# What makes a tutorial quick where its pictures do not matter: text of a cell, and its replacement.
 FEWER_STEPS = {
     "attention": {"steps=200 batch_size=4": "steps=10 batch_size=4", "steps=600": "steps=110"},
     "losses": {"seeds=5": "seeds=2", "steps=600": "steps=20"},

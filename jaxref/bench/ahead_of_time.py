@@ -22,9 +22,12 @@ def one_core(chip: str) -> NamedSharding:
     """
     from jax.experimental import topologies
 
-    # Not to ask the cloud which machine this is, and to compile in several processes at once.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if jax.default_backend() == "cpu":
+        # Not to ask the cloud which machine this is, and to compile in several processes at once.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices
     return NamedSharding(Mesh(np.array(devices[:1]), ("core",)), PartitionSpec())
 

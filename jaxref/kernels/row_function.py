@@ -1,8 +1,9 @@
 """Functions of rows, told by what they do with a part of a row.
 
 Softmax, its losses and the norms go over a row to sum something up, and then perhaps over the row
-again to write a number per place. What they do with a tile of rows and columns, and how what is
-known of two tiles comes together, is all that XLA and the Pallas kernels need.
+again to write a number per place and to sum numbers up over the rows. What they do with a tile of
+rows and columns, and how what is known of two tiles comes together, is all that XLA and the Pallas
+kernels need.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,9 @@ class RowFunction(NamedTuple):
       measure: `measure(tile) -> statistics`, of the columns that exist, at least one.
       merge: `merge(statistics, statistics) -> statistics` of two sets of columns.
       write: `write(tile, statistics) -> arrays [..., columns]`, from the statistics of whole rows.
+      num_sums: how many arrays `add_up` returns.
+      add_up: `add_up(tile, statistics) -> arrays [..., columns]`, whose sums over all rows are
+        wanted. Its tiles are those that `write` gets.
     """
 
     name: str
@@ -49,6 +53,8 @@ class RowFunction(NamedTuple):
     measure: Callable[[Tile], Statistics] = lambda tile: ()
     merge: Callable[[Statistics, Statistics], Statistics] = lambda a, b: ()
     write: Callable[[Tile, Statistics], tuple[Array, ...]] = lambda tile, statistics: ()
+    num_sums: int = 0
+    add_up: Callable[[Tile, Statistics], tuple[Array, ...]] = lambda tile, statistics: ()
 
 
 def next_multiple(size: int, of: int) -> int:

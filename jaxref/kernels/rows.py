@@ -23,7 +23,7 @@ def apply_rows(
     of_column: tuple[Array, ...] = (),
     dtypes: tuple[DTypeLike, ...] = (),
     implementation: Implementation,
-    block: tuple[int, int] | None = None,
+    block: tuple[int, ...] | None = None,
     returns_statistics: bool = True,
 ) -> tuple[tuple[Array, ...], Statistics]:
     """A function of the rows of arrays, which lie along their last axes.

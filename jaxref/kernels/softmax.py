@@ -336,16 +336,20 @@ def row_kernel(
     [[0.25 0.25 0.25 0.25]]
     """
 
+    def compute(f, values, dtype, implementation):
+        options = {"implementation": implementation, "returns_statistics": False}
+        return apply_rows(f, values, dtypes=(dtype,), **options)[0]
+
     @partial(jax.custom_vjp, nondiff_argnums=(1,))
     def kernel(x: Array, implementation: Implementation) -> Array:
-        return apply_rows(function, (x,), dtypes=(x.dtype,), implementation=implementation)[0][0]
+        return compute(function, (x,), x.dtype, implementation)[0]
 
     def forward(x: Array, implementation: Implementation) -> tuple[Array, Array]:
         y = kernel(x, implementation)
         return y, y
 
     def pull_back(implementation: Implementation, y: Array, g: Array) -> tuple[Array, ...]:
-        return apply_rows(backward, (y, g), dtypes=(y.dtype,), implementation=implementation)[0]
+        return compute(backward, (y, g), y.dtype, implementation)
 
     kernel.defvjp(forward, pull_back)
     return kernel

@@ -88,6 +88,15 @@ from jaxref.losses.detection import (
     wing_loss,
     yolo_loss,
 )
+from jaxref.losses.factored_output import (
+    FactoredOutputState,
+    factored_output_init,
+    factored_output_log_probabilities,
+    factored_output_loss,
+    factored_output_update,
+    factored_output_weights,
+    spherical_statistics,
+)
 from jaxref.losses.imbalance import (
     focal_loss,
     hard_negative_mask,
@@ -102,9 +111,12 @@ from jaxref.losses.macro_auc import (
     macro_auc_univariate_loss,
 )
 from jaxref.losses.margins import (
+    EnsembleState,
     crammer_singer_loss,
     ensemble_calibrated_loss,
     margin_loss,
+    periodic_ensemble_calibrated_init,
+    periodic_ensemble_calibrated_loss,
     sample_calibrated_derivatives,
     weston_watkins_loss,
 )
@@ -200,6 +212,11 @@ from jaxref.losses.segmentation_region import (
     sensitivity_specificity_loss,
 )
 from jaxref.losses.spectral_decoupling import spectral_decoupling_loss, spectral_decoupling_penalty
+from jaxref.losses.spherical import (
+    log_spherical_softmax_loss,
+    log_taylor_softmax_loss,
+    spherical_z_loss,
+)
 from jaxref.losses.survival import (
     click_through_rate_weights,
     cox_partial_likelihood_loss,
@@ -250,6 +267,9 @@ __all__ = [
     "PartialAUCState",
     "crammer_singer_loss",
     "ensemble_calibrated_loss",
+    "periodic_ensemble_calibrated_loss",
+    "periodic_ensemble_calibrated_init",
+    "EnsembleState",
     "margin_loss",
     "sample_calibrated_derivatives",
     "weston_watkins_loss",
@@ -398,4 +418,14 @@ __all__ = [
     "black_box_squared_loss",
     "random_size_cross_entropy",
     "sequential_cross_entropy",
+    "spherical_z_loss",
+    "log_taylor_softmax_loss",
+    "log_spherical_softmax_loss",
+    "factored_output_loss",
+    "factored_output_init",
+    "factored_output_update",
+    "factored_output_log_probabilities",
+    "factored_output_weights",
+    "spherical_statistics",
+    "FactoredOutputState",
 ]

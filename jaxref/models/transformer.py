@@ -24,6 +24,7 @@ from jaxref.models.blocks import (
     stream_norm,
 )
 from jaxref.nn import MLP, Embed, Linear, Norm, StableEmbedding
+from jaxref.nn.losses import OutputOfLoss
 from jaxref.nn.mlp import is_module_class
 from jaxref.norms import norm_placement, rms_norm, shrink_embedding_gradient
 from jaxref.parallel import constrain
@@ -474,6 +475,8 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Logits `[..., vocab_size]` of states `[..., features]`, in at least float32."""
+        if isinstance(self.output, OutputOfLoss):
+            return self.output(hidden)
         kernel = self.embed.embedding[...].T if self.output is None else self.output.kernel[...]
         rows = hidden.reshape(-1, hidden.shape[-1])
         logits = jnp.matmul(

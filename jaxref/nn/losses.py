@@ -24,18 +24,20 @@ class Loss(nnx.Module):
     Args:
       function: `loss(predictions, targets, ...)`, whose value is the losses or, with a state,
         `(losses, state)`. Hyperparameters are fixed with `functools.partial`.
-      init: makes the parameters or the state. It is given those of `num_examples`, `num_classes`
-        and `key` that it asks for. Default: that of `jaxref.losses` with the function's name,
-        `_init` in place of `_loss`.
+      init: makes the parameters or the state. It is given those of `num_examples`, `num_classes`,
+        `features` and `key` that it asks for. Default: that of `jaxref.losses` with the function's
+        name, `_init` in place of `_loss`.
       num_examples: size of the training set.
       num_classes: number of classes.
+      features: size of the hidden states, for a loss that reads these.
       rngs: for an `init` that asks for a key; it takes one of `rngs.params`.
 
     Attributes:
       params: a list of `nnx.Param`s, empty for a loss that learns nothing.
       state: a list of `nnx.BatchStat`s, empty for a loss that remembers nothing.
-      link: `link(predictions, params) -> log-probabilities`, the function of `jaxref.losses` that
-        is named like the loss, with `_log_probabilities` in place of `_loss`; None without any.
+      link: `link(predictions, params or state) -> log-probabilities`, the function of
+        `jaxref.losses` that is named like the loss, with `_log_probabilities` in place of `_loss`,
+        and those of the loss's hyperparameters that it takes; None without any.
       use_running_average: whether the state stays as it is (evaluation). Initially False.
 
     Raises:
@@ -59,6 +61,7 @@ class Loss(nnx.Module):
         init: Callable[..., Any] | None = None,
         num_examples: int | None = None,
         num_classes: int | None = None,
+        features: int | None = None,
         rngs: nnx.Rngs | None = None,
     ):
         asked = inspect.signature(function).parameters
@@ -72,8 +75,11 @@ class Loss(nnx.Module):
                 f"{', '.join(asked)}; call it without a module"
             )
         (self._kind,) = kinds
-        self.link = _relative(function, "_log_probabilities")
-        given: dict[str, Any] = {"num_examples": num_examples, "num_classes": num_classes}
+        given: dict[str, Any] = {
+            "num_examples": num_examples,
+            "num_classes": num_classes,
+            "features": features,
+        }
         if rngs is not None:
             given["key"] = rngs.params()
         made = _initial(function, init, given)
@@ -96,16 +102,53 @@ class Loss(nnx.Module):
                 variable[...] = value
         return losses
 
+    @property
+    def link(self) -> Callable[..., Array] | None:
+        link = _relative(self.function, "_log_probabilities")
+        if link is None or not isinstance(self.function, partial):
+            return link
+        asked = inspect.signature(link).parameters
+        return partial(link, **{k: v for k, v in self.function.keywords.items() if k in asked})
+
     def log_probabilities(self, predictions: Array) -> Array:
-        """What the predictions mean, by the link that the loss has learned."""
+        """What the predictions mean, by the link of the loss."""
         if self.link is None:
             raise ValueError("the loss has no link: its predictions are logits, or scores")
-        return self.link(predictions, self.kept("params"))
+        return self.link(predictions, self.kept(self._kind))
 
     def kept(self, kind: str) -> Any:
         """What the function is given as its argument `params` or `state`."""
         variables = self.params if kind == "params" else self.state
         return jax.tree.unflatten(self._structure, [variable[...] for variable in variables])
+
+
+class OutputOfLoss(nnx.Module):
+    """The output layer that a loss keeps and trains, in the place of a model's own.
+
+    Args:
+      loss: a `Loss` that reads hidden states and has a link.
+
+    Raises:
+      ValueError: a loss without a link.
+
+    Use it with `factored_output_loss`, so that evaluation and sampling read what the loss trains.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxref.losses import factored_output_loss
+      >>> loss = Loss(factored_output_loss, num_classes=5, features=3, rngs=nnx.Rngs(0))
+      >>> OutputOfLoss(loss)(jnp.ones((2, 3))).shape
+      (2, 5)
+    """
+
+    def __init__(self, loss: Loss):
+        if loss.link is None:
+            raise ValueError("loss must have a link to log-probabilities, got one without")
+        self.loss = loss
+
+    def __call__(self, hidden: Array) -> Array:
+        """Log-probabilities `[..., classes]` of states `[..., features]`."""
+        return self.loss.log_probabilities(hidden)
 
 
 def keeps_something(function: Callable[..., Any]) -> bool:

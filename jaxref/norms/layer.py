@@ -1,14 +1,17 @@
 """Layer normalization: every example standardised over its own features."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxref import kernels
 from jaxref.core.checks import check_broadcastable, check_floating
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.reductions import masked_mean
-from jaxref.norms.rms import normalised_axes, rms_norm, spread_parameter
+from jaxref.norms.rms import apply_kernel, normalised_axes, rms_norm, spread_parameter
 
 
 def layer_norm(
@@ -19,6 +22,7 @@ def layer_norm(
     axis: int | tuple[int, ...] = -1,
     epsilon: float = 1e-6,
     where: ArrayLike | None = None,
+    implementation: str | None = None,
 ) -> Array:
     r"""Layer normalization: zero mean and unit variance over the features of each example.
 
@@ -39,6 +43,9 @@ def layer_norm(
       epsilon: ε at least 0, added to the variance. Default 1e-6 as in Flax; PyTorch has 1e-5.
       where: boolean, broadcastable to `x`: the entries that exist. The others count for nothing and
         come out 0. Default: all.
+      implementation: "xla"; or a kernel of `jaxref.kernels`, "pallas" or another name of
+        `jaxref.kernels.implementation`: one pass over memory forward and one backward, without
+        `jax.jvp` or `where`. Default: XLA, which joins a norm to what stands around it.
 
     Returns:
       y of the shape and type of `x`, computed in at least float32; equals `bias` where the admitted
@@ -46,7 +53,8 @@ def layer_norm(
 
     Raises:
       ValueError: `axis` out of range or over no entries, `scale` or `bias` not of the normalised
-        shape, a mask that is not boolean or does not broadcast, or a negative `epsilon`.
+        shape, a mask that is not boolean or does not broadcast, a negative `epsilon`, or an
+        `implementation` that does not exist or cannot run.
       TypeError: `x`, `scale` or `bias` is not floating point.
 
     Use it in transformers and recurrent networks, where batch statistics are unreliable;
@@ -64,6 +72,9 @@ def layer_norm(
     x = jnp.asarray(x)
     axes = normalised_axes(axis, x.shape)
     check_broadcastable(x.shape, where=where)
+    if implementation not in (None, "xla"):
+        kernel = partial(kernels.layer_norm, epsilon=epsilon, implementation=implementation)
+        return apply_kernel(kernel, x, axes, where, scale=scale, bias=bias)
     wide = x.astype(compute_dtype(x))
     # Measured from one of its own entries, the mean of equal entries is exact.
     admitted = wide if where is None else jnp.where(where, wide, jnp.finfo(wide.dtype).min)

@@ -1,10 +1,15 @@
 """Root-mean-square normalization, and its compressed form for vectors of zero mean."""
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxref import kernels
 from jaxref.core.checks import (
     canonical_axes,
     check_broadcastable,
@@ -45,6 +50,29 @@ def reciprocal_root(mean_square: Array, epsilon: float) -> Array:
     return 1 / jnp.sqrt(total)
 
 
+def apply_kernel(
+    kernel: Callable[..., Array],
+    x: Array,
+    axes: tuple[int, ...],
+    where: ArrayLike | None,
+    **parameters: ArrayLike | None,
+) -> Array:
+    """A kernel over the last axis, on `x` whose entries along `axes` are one row.
+
+    Raises:
+      ValueError: a mask, or a parameter not of the normalised shape.
+    """
+    if where is not None:
+        raise ValueError("implementation must be None or 'xla' where a mask `where` is given")
+    last = tuple(range(-len(axes), 0))
+    rows, features = jnp.moveaxis(x, axes, last), tuple(x.shape[a] for a in axes)
+    given = {name: p for name, p in parameters.items() if p is not None}
+    check_shape(features, **given)
+    flat = {name: jnp.reshape(p, -1) for name, p in given.items()}
+    y = kernel(rows.reshape(*rows.shape[: -len(axes)], math.prod(features)), **flat)
+    return jnp.moveaxis(y.reshape(rows.shape), last, axes)
+
+
 def rms_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -52,6 +80,7 @@ def rms_norm(
     axis: int | tuple[int, ...] = -1,
     epsilon: float = 1e-6,
     where: ArrayLike | None = None,
+    implementation: str | None = None,
 ) -> Array:
     r"""Root-mean-square normalization: each example divided by the size of its entries.
 
@@ -70,6 +99,9 @@ def rms_norm(
       epsilon: ε at least 0, added to the mean square. Default 1e-6.
       where: boolean, broadcastable to `x`: the entries that exist. The others count for nothing and
         come out 0. Default: all.
+      implementation: "xla"; or a kernel of `jaxref.kernels`, "pallas" or another name of
+        `jaxref.kernels.implementation`: one pass over memory forward and one backward, without
+        `jax.jvp` or `where`. Default: XLA, which joins a norm to what stands around it.
 
     Returns:
       y of the shape and type of `x`, computed in at least float32; 0 where `x` is 0 throughout,
@@ -77,7 +109,8 @@ def rms_norm(
 
     Raises:
       ValueError: `axis` out of range or over no entries, `scale` not of the normalised shape, a
-        mask that is not boolean or does not broadcast, or a negative `epsilon`.
+        mask that is not boolean or does not broadcast, a negative `epsilon`, or an
+        `implementation` that does not exist or cannot run.
       TypeError: `x` or `scale` is not floating point.
 
     Use it where `layer_norm` would go, at one reduction less; `compressed_rms_norm` also drops the
@@ -96,6 +129,9 @@ def rms_norm(
     x = jnp.asarray(x)
     axes = normalised_axes(axis, x.shape)
     check_broadcastable(x.shape, where=where)
+    if implementation not in (None, "xla"):
+        kernel = partial(kernels.rms_norm, epsilon=epsilon, implementation=implementation)
+        return apply_kernel(kernel, x, axes, where, scale=scale)
     wide = x.astype(compute_dtype(x))
     if where is not None:
         wide = jnp.where(where, wide, 0.0)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from jaxref.core.checks import check_interval
 from jaxref.kernels import linear_softmax_cross_entropy
 from jaxref.nn import AuxiliaryLoss, GradientState, Loss
-from jaxref.nn.losses import keeps_something
+from jaxref.nn.losses import OutputOfLoss, keeps_something
 from jaxref.parallel import logical_sharding, make_mesh, use_rules
 from jaxref.train.config import ConfigError, resolve
 from jaxref.train.methods.frame import (
@@ -189,21 +189,30 @@ def build(
     )
 
     loss_function = resolve(config, "loss")
+    loss_asks = inspect.signature(loss_function).parameters
+    if "learning_rate" in loss_asks and "learning_rate" not in config.loss:
+        loss_function = partial(loss_function, learning_rate=schedule)
 
     def model(key: Array) -> nnx.Module:
         rngs = nnx.Rngs(params=key)
         model = model_config.build(rngs=rngs)
+        _check_loss(config, model, num_classes)
         if keeps_something(loss_function):  # a part of the model, that it may train and be saved
             model.loss = Loss(
-                loss_function, num_examples=num_examples, num_classes=num_classes, rngs=rngs
+                loss_function,
+                num_examples=num_examples,
+                num_classes=num_classes or vocab_size,
+                features=getattr(model_config, "features", None),
+                rngs=rngs,
             )
+            if "hidden" in loss_asks:
+                model.output = OutputOfLoss(model.loss)
         return model
 
     abstract = nnx.eval_shape(lambda: model(jax.random.key(0)))
     graphdef, variables, backward, auxiliary, statistics = split_model(abstract)
     has_state = bool(jax.tree.leaves((backward, statistics)))
     owed = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.to_pure_dict(auxiliary))
-    _check_loss(config, abstract, num_classes)
     losses = build_loss(config)
 
     def merge(params: Params, model_state: ModelState) -> Any:
@@ -333,13 +342,24 @@ def _build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
 
 def _check_loss(config: ConfigDict, model: Any, num_classes: int | None) -> None:
     """Raises where the loss reads what the model does not have."""
-    asked = inspect.signature(resolve(config, "loss")).parameters
+    function = resolve(config, "loss")
+    asked = inspect.signature(function).parameters
     if "hidden" in asked and not hasattr(model, "hidden"):
         raise ConfigError(
             f"loss.name={config.loss.name} reads the hidden states of a language model, and "
             f"model.name={config.model.name} is none; choose a loss of logits, such as "
             "softmax_cross_entropy_with_integer_labels"
         )
+    if "hidden" in asked and keeps_something(function):  # an output matrix, which takes its steps
+        for key, wrong, right in (
+            ("model.tie_embeddings", model.output is None, False),
+            ("accumulate", config.accumulate != 1, 1),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"loss.name={config.loss.name} trains an output matrix of its own, once for "
+                    f"every batch: set {key}={right}"
+                )
     if _reads_one_score(asked) and num_classes != 2:
         raise ConfigError(
             f"loss.name={config.loss.name} is of decisions between two classes, and "
@@ -386,10 +406,11 @@ def build_loss(config: ConfigDict) -> TokenLoss:
     """The loss per token, or image, of a batch, by what the function asks for.
 
     A loss with an argument `hidden` reads hidden states and output matrix (the logits never
-    exist). One whose first argument is `scores` reads the log-odds of the second of two classes,
-    one with `probabilities` its probability, one with `values` what all logits but the last exceed
-    that by; any other reads logits. An argument `key` is given a random key, `indices` the
-    examples' places in the training set.
+    exist), or keeps the matrix itself, in the place of the model's, and trains it at its own
+    `learning_rate`, by default the run's. One whose first argument is `scores` reads the log-odds
+    of the second of two classes, one with `probabilities` its probability, one with `values` what
+    all logits but the last exceed that by; any other reads logits. An argument `key` is given a
+    random key, `indices` the examples' places in the training set.
     """
     function = resolve(config, "loss")
     parameters = inspect.signature(function).parameters
@@ -402,6 +423,8 @@ def build_loss(config: ConfigDict) -> TokenLoss:
             keywords["indices"] = batch["ids"]
         if "hidden" in parameters:
             hidden = model.hidden(batch["inputs"], key=key)
+            if keeps_something(function):
+                return model.loss(hidden, batch["targets"], **keywords)
             return function(hidden, model.output_kernel(), batch["targets"], **keywords)
         predictions = _predictions(parameters, model(batch["inputs"], key=key))
         called = model.loss if keeps_something(function) else function
@@ -499,12 +522,16 @@ def evaluate(merge: Merge, params: Params, batch: Batch, model_state: ModelState
     model = merge(params, model_state)
     model.eval()
     if hasattr(model, "hidden"):
-        nats = linear_softmax_cross_entropy(
-            model.hidden(batch["inputs"]).astype(jnp.float32),  # losses have the type of these
-            model.output_kernel(),
-            batch["targets"],
-            where=batch["where"],
-        )
+        hidden = model.hidden(batch["inputs"]).astype(jnp.float32)  # losses have the type of these
+        if isinstance(model.output, OutputOfLoss):
+            nats = optax.losses.softmax_cross_entropy_with_integer_labels(
+                model.logits(hidden), batch["targets"]
+            )
+            nats = jnp.where(batch["where"], nats, 0.0)
+        else:
+            nats = linear_softmax_cross_entropy(
+                hidden, model.output_kernel(), batch["targets"], where=batch["where"]
+            )
         return Evaluation(jnp.sum(nats, dtype=jnp.float32), jnp.sum(batch["where"]), None)
     logits = class_logits(model, batch["inputs"]).astype(jnp.float32)
     nats = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])

@@ -1,4 +1,3 @@
-import sys
 from functools import partial
 
 import chex
@@ -12,9 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from jaxref.kernels import linear_softmax_cross_entropy
-
-# `jaxref.kernels` exports the function under the name of its module
-MODULE = sys.modules[linear_softmax_cross_entropy.__module__]
+from jaxref.kernels import linear_softmax_cross_entropy_xla as MODULE
+from tests.kernels.linear_head import literal, random_head
 
 
 @pytest.fixture(autouse=True)
@@ -23,29 +21,6 @@ def narrow_blocks(monkeypatch):
     monkeypatch.setattr(MODULE, "_MIN_BLOCK_WIDTH", 8)
     monkeypatch.setattr(MODULE, "_BLOCK_BYTES", 0)
     monkeypatch.setattr(MODULE, "_BLOCK_ROWS", 4)
-
-
-def random_head(tokens=(6,), features=5, vocabulary=19, seed=0, dtype=np.float32):
-    """Features, weights, labels, and a cotangent for every token."""
-    rng = np.random.default_rng(seed)
-    hidden = rng.normal(size=(*tokens, features)).astype(dtype)
-    kernel = rng.normal(size=(features, vocabulary)).astype(dtype)
-    labels = rng.integers(vocabulary, size=tokens)
-    return hidden, kernel, labels, rng.normal(size=tokens).astype(dtype)
-
-
-def literal(hidden, kernel, labels, cotangents, z_loss=0.0):
-    """Losses and gradients of the plain logits in float64 NumPy; labels are all in range."""
-    h, w = np.asarray(hidden, np.float64), np.asarray(kernel, np.float64)
-    h, y = h.reshape(-1, h.shape[-1]), np.ravel(labels)
-    g = np.asarray(cotangents, np.float64).reshape(-1, 1)
-    logits = h @ w
-    top = logits.max(-1, keepdims=True)
-    log_z = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))
-    hot = np.eye(w.shape[1])[y]
-    losses = (log_z - logits)[hot == 1] + z_loss * log_z[:, 0] ** 2
-    d_logits = g * ((1 + 2 * z_loss * log_z) * np.exp(logits - log_z) - hot)
-    return losses.reshape(np.shape(labels)), (d_logits @ w.T).reshape(hidden.shape), h.T @ d_logits
 
 
 @jax.jit
@@ -241,6 +216,30 @@ class TestByTokens:
                 for blocks in ("tokens", "vocabulary")
             ]
             np.testing.assert_allclose(*products, rtol=1e-9, atol=1e-12)
+
+
+class TestDefaultBlocks:
+    """By tokens where one device computes and the kernel's gradient needs no copy in float32."""
+
+    @pytest.mark.parametrize(
+        ("devices", "dtype", "implementation", "by_tokens"),
+        [
+            (1, jnp.float32, None, True),
+            (1, jnp.bfloat16, None, False),
+            (8, jnp.float32, None, False),
+            (1, jnp.float32, "pallas_tpu", False),
+        ],
+    )
+    def test_default(self, monkeypatch, devices, dtype, implementation, by_tokens):
+        calls = []
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        monkeypatch.setattr(MODULE, "by_tokens", lambda h, *_: calls.append(1) or h[:, 0])
+        hidden, kernel, labels, _ = random_head(dtype=dtype)
+        jax.eval_shape(
+            partial(linear_softmax_cross_entropy, implementation=implementation),
+            *(hidden, kernel, labels),
+        )
+        assert bool(calls) == by_tokens
 
 
 @pytest.mark.parametrize("vocabulary", [19, 8], ids=["blocked", "plain"])
@@ -443,7 +442,18 @@ class TestEdges:
         ({"where": np.ones((6, 1), bool)}, ValueError, "where must broadcast"),
         ({"z_loss": -1e-4}, ValueError, "z_loss must be in"),
         ({"blocks": "rows"}, ValueError, "blocks must be None or one of"),
-        ({"implementation": "pallas"}, ValueError, r"one of \('xla',\), got 'pallas'"),
+        ({"implementation": "triton"}, ValueError, r"implementation must be None or one of"),
+        ({"implementation": "pallas_tpu", "blocks": "tokens"}, ValueError, "for a Pallas kernel"),
+        (
+            {
+                "hidden": np.zeros((6, 16385), np.float32),
+                "kernel": np.zeros((16385, 2), np.float32),
+                "implementation": "pallas_tpu",
+            },
+            ValueError,
+            "hidden must have at most 16384 features",
+        ),
+        ({"axis_name": "tensor", "blocks": "tokens"}, ValueError, "or with an axis_name"),
     ],
 )
 def test_bad_input_is_named(changed, error, message):

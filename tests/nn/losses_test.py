@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxref.losses import adaptive_ldr_init, adaptive_ldr_loss, squentropy
+from jaxref.losses import (
+    adaptive_ldr_init,
+    adaptive_ldr_loss,
+    factored_output_loss,
+    factored_output_weights,
+    squentropy,
+)
 from jaxref.nn import Loss
-from jaxref.nn.losses import keeps_something
+from jaxref.nn.losses import OutputOfLoss, keeps_something
 
 
 def weighted_init(key, num_classes, spread=1.0):
@@ -40,6 +46,24 @@ class TestState:
         jax.tree.map(np.testing.assert_array_equal, loss.kept("state"), state)
         assert len(jax.tree.leaves(nnx.state(loss, nnx.BatchStat))) == 2
         assert not nnx.state(loss, nnx.Param)
+
+    def test_an_output_matrix_is_a_layer_that_moves_with_it(self):
+        loss = Loss(
+            partial(factored_output_loss, loss="spherical", epsilon=0.1, learning_rate=1.0),
+            num_classes=5,
+            features=3,
+            rngs=nnx.Rngs(0),
+        )
+        output, (hidden, labels, _) = OutputOfLoss(loss), batch()
+        before = output(hidden)
+        loss(hidden, labels)
+        assert np.any(output(hidden) != before)
+        weights = factored_output_weights(loss.kept("state"))
+        squares = np.square(hidden @ weights.T) + 0.1
+        expected = np.log(squares / squares.sum(-1, keepdims=True))
+        np.testing.assert_allclose(output(hidden), expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="loss must have a link"):
+            OutputOfLoss(Loss(adaptive_ldr_loss, num_examples=6))
 
 
 class TestParameters:

@@ -9,6 +9,7 @@ from jaxref import losses
 from jaxref.train.config import ConfigError, load_config
 from jaxref.train.program import build
 
+FACTORED = ("loss.name=factored_output_loss", "loss.loss=taylor", "loss.learning_rate=0.5")
 SMALL = ("batch_size=8", "model.width=4", "model.stages=(1,)", "model.norm.name=layer_norm")
 
 
@@ -111,3 +112,84 @@ def test_methods_of_their_own_losses_refuse_what_a_loss_keeps(method, message):
     state = program.init(jax.random.key(0))
     with pytest.raises(ConfigError, match=message):
         jax.eval_shape(program.step, state, program.put(batch))
+
+
+class TestOutputMatrix:
+    """`factored_output_loss` keeps the output matrix, in the place of the model's."""
+
+    def batch(self):
+        tokens = np.random.default_rng(0).integers(0, 50, (8, 17), np.int32)
+        return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+    def test_a_step_is_the_loss_s_and_the_logits_are_of_its_matrix(self, tiny_config):
+        program = build(tiny_config(*FACTORED, "average_decay=0.5"), 50)
+        state = program.init(jax.random.key(0))
+        assert "output" not in state.params
+        batch = self.batch()
+        model = program.model(state.params, state.model_state)
+        kept = model.loss.kept("state")
+        hidden = model.hidden(jnp.asarray(batch["inputs"]))
+        expected, after = jax.jit(losses.factored_output_loss, static_argnames="loss")(
+            hidden, batch["targets"], kept, loss="taylor", learning_rate=0.5
+        )
+        weights = losses.factored_output_weights(kept)
+        logits = hidden @ weights.T
+        plain = losses.log_taylor_softmax_loss(logits, batch["targets"])
+        np.testing.assert_allclose(expected, plain, rtol=1e-4)
+        log_p = np.asarray(model(jnp.asarray(batch["inputs"])))
+        ours = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
+        np.testing.assert_allclose(ours, plain, rtol=1e-4)
+        where = np.arange(16) < 12
+        valid = program.put(batch | {"where": np.broadcast_to(where, (8, 16))})
+        measured = program.evaluate(state.params, valid, state.model_state)
+        np.testing.assert_allclose(measured.nats, plain[:, :12].sum(), rtol=1e-4)
+        assert measured.examples == 8 * 12
+        state, metrics = program.step(state, program.put(batch))
+        np.testing.assert_allclose(metrics.loss, expected.mean(), rtol=1e-5)
+        moved = program.model(state.params, state.model_state).loss.kept("state")
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), moved, after
+        )
+        first = metrics.loss
+        for _ in range(10):
+            state, metrics = program.step(state, program.put(batch))
+        assert metrics.loss < 0.9 * first
+        assert state.model_state.statistics["loss"]["state"][7] == 0  # none refused
+
+    def test_the_rate_is_the_run_s_where_none_is_given(self, tiny_config, devices):
+        program = build(
+            tiny_config("loss.name=factored_output_loss", "schedule.peak_value=3.0", "steps=100"),
+            50,
+        )
+        state, batch = program.init(jax.random.key(0)), self.batch()
+        loss = jax.jit(losses.factored_output_loss)
+        for step in range(2):
+            model = program.model(state.params, state.model_state)
+            kept = model.loss.kept("state")
+            hidden = model.hidden(jnp.asarray(batch["inputs"]))
+            _, after = loss(hidden, batch["targets"], kept, learning_rate=program.schedule(step))
+            still = np.array_equal(after.factors, kept.factors)
+            assert still == (step == 0)  # the schedule starts at 0
+            state, _ = program.step(state, program.put(batch))
+            moved = program.model(state.params, state.model_state).loss.kept("state")
+            np.testing.assert_allclose(moved.factors, after.factors, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("model.tie_embeddings=True", "set model.tie_embeddings=False"),
+            ("accumulate=2", "set accumulate=1"),
+            ("optimizer.name=sam", "cannot move the statistics"),
+        ],
+    )
+    def test_what_does_not_go_with_it(self, tiny_config, devices, override, message):
+        def trace_step():
+            program = build(tiny_config(*FACTORED, override), 50)
+            jax.eval_shape(program.step, program.abstract_state, self.batch())
+
+        with pytest.raises(ConfigError, match=message):
+            trace_step()
+
+    def test_images_have_no_hidden_states(self):
+        with pytest.raises(ConfigError, match="reads the hidden states of a language model"):
+            program_and_batch(*FACTORED)

@@ -7,9 +7,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxref.attention.dot_product import check_attention_arguments
 from jaxref.core.checks import (
     canonical_axes,
+    check_attention_arguments,
     check_broadcastable,
     check_floating,
     check_interval,
