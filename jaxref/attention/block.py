@@ -8,10 +8,16 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxref.attention.dot_product import check_attention_arguments
+from jaxref.attention.dot_product import masked_bias, takes_kernel
 from jaxref.attention.linear import weighted_average
-from jaxref.core.checks import check_broadcastable, check_interval, check_shape
+from jaxref.core.checks import (
+    check_attention_arguments,
+    check_broadcastable,
+    check_interval,
+    check_shape,
+)
 from jaxref.core.numerics import compute_dtype
+from jaxref.kernels import flash_attention
 
 
 def harmonic_block_probability(distance: ArrayLike) -> Array:
@@ -50,6 +56,7 @@ def probabilistic_block_attention(
     mask: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     is_causal: bool = True,
+    implementation: str | None = None,
 ) -> Array:
     r"""Softmax attention over a random choice of blocks, near ones more often than far ones.
 
@@ -60,18 +67,20 @@ def probabilistic_block_attention(
 
     and p(0) = 1, so that a query always sees its own block. All examples of the batch share a draw.
 
-    One step of a loop takes a block of queries, or causal, the two blocks r and N - 1 - r of N,
-    which see N + 1 blocks of keys together: blocks later than the queries are never computed, and
-    no more than two rows of weights exist at a time, in the backward pass too. Blocks that the draw
-    leaves out are masked, not skipped, for the shapes of a compiled program cannot depend on
-    chance: this form shows what the draw does to a model, and does not save its time.
+    The kernels of `jaxref.kernels.flash_attention` skip the blocks that the draw leaves out,
+    forward and backward, so that time falls with their share. XLA masks them, for the shapes of its
+    programs cannot depend on chance: there it shows what the draw does to a model, and does not
+    save its time. One step of a loop takes a block of queries, or causal, the two blocks r and
+    N - 1 - r of N, which see N + 1 blocks of keys together: blocks later than the queries are never
+    computed, and no more than two rows of weights exist at a time, in the backward pass too.
 
     Args:
       query: `[batch, q_len, heads, head_dim]` floating point.
       key: `[batch, k_len, kv_heads, head_dim]`, `kv_heads` a divisor of `heads`.
       value: `[batch, k_len, kv_heads, value_dim]`.
       key_rng: a random key, of the draw.
-      block_size: positions in a block, at least 1; the last one may be shorter. Default 64.
+      block_size: positions in a block, at least 1; the last one may be shorter. Default 64. A TPU's
+        kernel wants a multiple of 128, a GPU's a power of two from 16.
       keep_probability: p, from integer distances `[n]` in blocks to probabilities of that shape,
         or one for all; 1 at 0 and not increasing. Default `harmonic_block_probability`.
       bias: added to the scaled logits, broadcastable to `[batch, heads, q_len, k_len]`.
@@ -79,14 +88,18 @@ def probabilistic_block_attention(
         the key.
       scale: a number; default `1 / sqrt(head_dim)`.
       is_causal: query i sees the keys j ≤ i only, both counted from the start. Default True.
+      implementation: "xla"; "pallas" or another name of a kernel; or None, for the kernel on a TPU
+        where the blocks suit it, and XLA elsewhere. The draw is the same.
 
     Returns:
       `[batch, q_len, heads, value_dim]` in the common type of `query`, `key` and `value`, computed
-      in at least float32; zeros for a query without any admitted key.
+      in at least float32 (the kernels multiply in the inputs' type, and sum in float32); zeros for
+      a query without any admitted key.
 
     Raises:
-      ValueError: shapes that do not match, a `block_size` below 1, or probabilities that are not 1
-        at distance 0, increase, or leave [0, 1].
+      ValueError: shapes that do not match, a `block_size` below 1 or one that the kernel cannot
+        take, probabilities that are not 1 at distance 0, increase, or leave [0, 1], or an
+        implementation that does not exist or cannot run.
       TypeError: an array that is not floating point, or a `mask` that is not boolean.
 
     Use it in training, with a new key at each step, as a regularizer of far attention; with p = 1
@@ -111,11 +124,31 @@ def probabilistic_block_attention(
     dtype = compute_dtype(query, key, value)
     if batch * q_len * heads == 0:
         return jnp.zeros((batch, q_len, heads, jnp.shape(value)[3]), result_type)
-    query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+    query, key, value = (jnp.asarray(x, result_type) for x in (query, key, value))
     if is_causal:  # later keys are never seen
         key, value = key[:, :q_len], value[:, :q_len]
     k_len = key.shape[1]
     q_blocks, k_blocks = -(-q_len // block_size), -(-k_len // block_size)
+    keep = draw_blocks(key_rng, heads, q_blocks, k_blocks, keep_probability)
+    if takes_kernel(implementation, query, key, value, bias, suits=block_size % 128 == 0):
+        added = masked_bias(bias, mask)
+        output = flash_attention(
+            query,
+            key,
+            value,
+            bias=added
+            if added is None or jnp.ndim(added) == 0
+            else jnp.asarray(added)[..., :k_len],
+            scale=scale,
+            is_causal=is_causal,
+            block_mask=keep,
+            block_q=block_size,
+            block_k=block_size,
+            implementation=implementation,
+        )
+        assert isinstance(output, Array)
+        return output
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
     groups = heads // kv_heads
 
     def blocks(x, groups):
@@ -127,7 +160,6 @@ def probabilistic_block_attention(
 
     value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)  # weighs itself too
     q_cut, k_cut, v_cut = blocks(query * scale, groups), blocks(key, 1), blocks(value, 1)
-    keep = draw_blocks(key_rng, heads, q_blocks, k_blocks, keep_probability)
     keep = keep.transpose(1, 2, 0).reshape(q_blocks, k_blocks, kv_heads, groups)
     added = jnp.zeros((), dtype) if bias is None else jnp.asarray(bias, dtype)
     if mask is not None:

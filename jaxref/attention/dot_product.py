@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxref.core.checks import check_broadcastable, check_floating, check_shape
+from jaxref.core.checks import check_attention_arguments, check_shape
 from jaxref.core.numerics import compute_dtype
+from jaxref.kernels import flash_attention
+from jaxref.kernels.implementation import choose_implementation
 
 
 def dot_product_attention(
@@ -20,6 +22,7 @@ def dot_product_attention(
     mask: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     is_causal: bool = False,
+    implementation: str | None = None,
 ) -> Array:
     r"""Softmax attention of queries over keys, averaging the values.
 
@@ -44,18 +47,23 @@ def dot_product_attention(
         the key. Default: everywhere.
       scale: a number; default `1 / sqrt(head_dim)`.
       is_causal: query i sees the keys j ≤ i only, on top of `mask`, both counted from the start.
+      implementation: "xla"; "pallas" or another name of a kernel, which then computes by
+        `jaxref.kernels.flash_attention`, a `mask` being part of its bias; or None, for the kernel
+        on a TPU where there are 128 queries or more, and XLA elsewhere.
 
     Returns:
       `[batch, q_len, heads, value_dim]` in the common type of `query`, `key` and `value`. Logits,
       softmax and sums are in at least float32.
 
     Raises:
-      ValueError: shapes that do not match, or heads that the key/value heads do not divide.
+      ValueError: shapes that do not match, heads that the key/value heads do not divide, or an
+        implementation that does not exist or cannot run.
       TypeError: `query`, `key`, `value` or `bias` not floating point, or a `mask` not boolean.
 
     Use it wherever attention is plain; it is quick on CPU as well, and its causal form skips most
-    of what it would mask. It keeps the weights of all blocks for the backward pass: where they do
-    not fit in memory, wrap it in `jax.checkpoint`.
+    of what it would mask. By XLA it has derivatives of any kind and order, and keeps the weights of
+    all blocks for the backward pass; where they do not fit in memory, take `flash_attention`. A
+    kernel has gradients in reverse mode, once.
 
     Example:
       >>> x = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
@@ -73,6 +81,18 @@ def dot_product_attention(
     if scale is None:
         scale = query.shape[3] ** -0.5
     check_shape((), scale=scale)
+    if takes_kernel(implementation, query, key, value, bias, suits=q_len >= 128):
+        output = flash_attention(
+            query,
+            key,
+            value,
+            bias=masked_bias(bias, mask),
+            scale=scale,
+            is_causal=is_causal,
+            implementation=implementation,
+        )
+        assert isinstance(output, Array)
+        return output
     if query.size == 0:
         return jnp.zeros((*query.shape[:3], value.shape[3]), dtype)
     query = (query * scale).astype(dtype)
@@ -98,42 +118,26 @@ def dot_product_attention(
     return jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3)
 
 
-def check_attention_arguments(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-) -> None:
-    """Raises unless the arguments of an attention function fit together.
+def takes_kernel(implementation: str | None, *operands: ArrayLike | None, suits: bool) -> bool:
+    """Whether a kernel computes an attention: one that is named, or that suits what is there.
 
-    Raises:
-      ValueError: shapes that do not match, or heads that the key/value heads do not divide.
-      TypeError: `query`, `key`, `value` or `bias` not floating point, or a `mask` not boolean.
-
-    >>> x = jnp.zeros((2, 5, 4, 8))
-    >>> check_attention_arguments(x, x[:, :, :2], x[:, :, :2], mask=jnp.ones((5, 5), bool))
+    >>> takes_kernel("pallas_tpu", jnp.zeros(2), suits=False)
+    True
     """
-    check_floating(query=query, key=key, value=value)
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if jnp.ndim(array) != 4:
-            raise ValueError(
-                f"{name} must have shape [batch, length, heads, head_dim], got {jnp.shape(array)}"
-            )
-    batch, q_len, heads, head_dim = jnp.shape(query)
-    _, k_len, kv_heads, _ = jnp.shape(key)
-    check_shape((batch, k_len, kv_heads, head_dim), key=key)
-    check_shape((batch, k_len, kv_heads, jnp.shape(value)[3]), value=value)
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"key must have heads that divide the query's {heads}, got {kv_heads}")
-    if k_len == 0:
-        raise ValueError("key must have at least one position, got none")
-    check_broadcastable((batch, heads, q_len, k_len), bias=bias, mask=mask)
-    if bias is not None:
-        check_floating(bias=bias)
-    if mask is not None and jnp.result_type(mask) != jnp.bool_:
-        raise TypeError(f"mask must be boolean, got {jnp.result_type(mask).name}")
+    given = [jnp.asarray(x) for x in operands if x is not None]
+    chosen = choose_implementation(implementation, *given)
+    return chosen.platform != "xla" and (implementation is not None or suits)
+
+
+def masked_bias(bias: ArrayLike | None, mask: ArrayLike | None) -> ArrayLike | None:
+    """A bias that is -inf where `mask` is False, of the shape to which the two broadcast.
+
+    >>> masked_bias(None, jnp.array([True, False])).tolist()
+    [0.0, -inf]
+    """
+    if mask is None:
+        return bias
+    return jnp.where(mask, jnp.float32(0) if bias is None else bias, -jnp.inf)
 
 
 def _block_bias(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxref.attention.dot_product import check_attention_arguments, dot_product_attention
+from jaxref.attention.dot_product import dot_product_attention
 from jaxref.core.checks import (
     canonical_axes,
+    check_attention_arguments,
     check_broadcastable,
     check_floating,
     check_interval,

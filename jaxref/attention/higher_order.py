@@ -10,9 +10,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxref.attention.dot_product import check_attention_arguments, dot_product_attention
+from jaxref.attention.dot_product import dot_product_attention
 from jaxref.attention.linear import query_independent_mask, weighted_average
-from jaxref.core.checks import check_broadcastable, check_floating, check_interval, check_shape
+from jaxref.core.checks import (
+    check_attention_arguments,
+    check_broadcastable,
+    check_floating,
+    check_interval,
+    check_shape,
+)
 from jaxref.core.numerics import compute_dtype
 
 _MOST_FEATURES = 2**30  # numbers in one set of monomials: 4 GiB

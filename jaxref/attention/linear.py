@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxref.attention.dot_product import check_attention_arguments
-from jaxref.core.checks import check_shape
+from jaxref.core.checks import check_attention_arguments, check_shape
 from jaxref.core.numerics import compute_dtype
 
 _CHUNK = 64  # queries that see each other directly; about a head's size keeps both parts alike

@@ -6,8 +6,13 @@ from jax import Array
 from jax.scipy.special import digamma
 from jax.typing import ArrayLike
 
-from jaxref.attention.dot_product import check_attention_arguments, dot_product_attention
-from jaxref.core.checks import check_floating, check_interval, check_shape
+from jaxref.attention.dot_product import dot_product_attention
+from jaxref.core.checks import (
+    check_attention_arguments,
+    check_floating,
+    check_interval,
+    check_shape,
+)
 from jaxref.core.numerics import compute_dtype
 
 

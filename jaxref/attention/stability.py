@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxref.attention.dot_product import check_attention_arguments, dot_product_attention
-from jaxref.core.checks import check_floating, check_shape
+from jaxref.attention.dot_product import dot_product_attention
+from jaxref.core.checks import check_attention_arguments, check_floating, check_shape
 from jaxref.norms import layer_norm
 
 

@@ -1,9 +1,10 @@
-"""Softmax and cross-entropy kernels against JAX, PyTorch and the speed of a copy.
+"""Softmax, cross-entropy and attention kernels beside JAX's, PyTorch's and the speed of a copy.
 
-On a CPU the softmax of long rows, in every way to go over them. On a GPU or TPU also the Pallas
-kernels, forward and backward. "copy speed" is the time of a plain copy of the input over the time
-of the function: no function that reads an array and writes one can reach more than 1. `--tune`
-measures sizes of the kernels' tiles first, and keeps the best for all later programs.
+On a CPU the softmax of long rows, in every way to go over them, and cross-entropy forward and
+backward. On a GPU or TPU also the Pallas kernels, and on a GPU flash attention beside cuDNN's.
+"copy speed" is the time of a plain copy of the input over the time of the function: no function
+that reads an array and writes one can reach more than 1. `--tune` measures sizes of the kernels'
+tiles first, and keeps the best for all later programs.
 """
 
 import itertools
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -50,6 +52,8 @@ def run(*, quick: bool = False, repeats: int = 30, tune: bool = False) -> Iterat
         yield from softmax_case(shape, dtype, repeats=repeats, on_cpu=on_cpu)
     shape, dtype = shapes[0] if not on_cpu else ((4, 128) if quick else (2048, 32000), "float32")
     yield from cross_entropy_case(shape, dtype, repeats=repeats, on_cpu=on_cpu)
+    if jax.default_backend() == "gpu":
+        yield from attention_case((8, 4096, 16, 128), "bfloat16", repeats=repeats)
 
 
 def softmax_case(
@@ -108,6 +112,36 @@ def cross_entropy_case(
     for name, function in steps.items():
         memory = compiled_cost(function, logits, labels).temporary_bytes
         yield Measurement(NAME, case, name, "temporary bytes", memory)
+
+
+def attention_case(
+    shape: tuple[int, int, int, int],
+    dtype: str,
+    *,
+    repeats: int,
+    implementation: str = "pallas",
+    peer: str = "cudnn",
+) -> Iterator[Measurement]:
+    """Causal attention, forward alone and with its gradients, beside that of JAX."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    args = tuple(jax.random.normal(key, shape, dtype) for key in keys)
+    functions: dict[str, Callable[..., Array]] = {
+        f"jax.nn, {peer}": partial(
+            jax.nn.dot_product_attention, is_causal=True, implementation=peer
+        ),
+        "flash_attention": lambda *qkv: jnp.asarray(
+            kernels.flash_attention(*qkv, is_causal=True, implementation=implementation)
+        ),
+    }
+    for metric in ("forward", "forward and backward"):
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, f in functions.items():
+            call: Callable[..., Any] = f
+            if metric != "forward":
+                call = jax.value_and_grad(lambda *x, f=f: f(*x).sum().astype("float32"), (0, 1, 2))
+            calls[name] = partial(jax.jit(call), *args)
+        case = f"{list(shape)} {dtype}, causal attention {metric}"
+        yield from timed(case, calls, peer=f"jax.nn, {peer}", repeats=repeats)
 
 
 def timed(

@@ -127,3 +127,41 @@ def check_same_tree(expected: Any, /, **trees: Any) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         for (path, leaf), reference in zip(leaves, jax.tree.leaves(expected)):
             check_shape(jnp.shape(reference), **{name + jax.tree_util.keystr(path): leaf})
+
+
+def check_attention_arguments(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    bias: Any = None,
+    mask: Any = None,
+) -> None:
+    """Raises unless the arguments of an attention function fit together.
+
+    Raises:
+      ValueError: shapes that do not match, or heads that the key/value heads do not divide.
+      TypeError: `query`, `key`, `value` or `bias` not floating point, or a `mask` not boolean.
+
+    >>> x = jnp.zeros((2, 5, 4, 8))
+    >>> check_attention_arguments(x, x[:, :, :2], x[:, :, :2], mask=jnp.ones((5, 5), bool))
+    """
+    check_floating(query=query, key=key, value=value)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if jnp.ndim(array) != 4:
+            raise ValueError(
+                f"{name} must have shape [batch, length, heads, head_dim], got {jnp.shape(array)}"
+            )
+    batch, q_len, heads, head_dim = jnp.shape(query)
+    _, k_len, kv_heads, _ = jnp.shape(key)
+    check_shape((batch, k_len, kv_heads, head_dim), key=key)
+    check_shape((batch, k_len, kv_heads, jnp.shape(value)[3]), value=value)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key must have heads that divide the query's {heads}, got {kv_heads}")
+    if k_len == 0:
+        raise ValueError("key must have at least one position, got none")
+    check_broadcastable((batch, heads, q_len, k_len), bias=bias, mask=mask)
+    if bias is not None:
+        check_floating(bias=bias)
+    if mask is not None and jnp.result_type(mask) != jnp.bool_:
+        raise TypeError(f"mask must be boolean, got {jnp.result_type(mask).name}")

@@ -180,9 +180,19 @@ def _sums_forward(
     logits: Array, target: Array, options: _Options, implementation: Implementation
 ) -> tuple[_Sums, tuple]:
     values, of_row = _operands(logits, target)
+    # Outside of a kernel every sum is another pass over the logits, and looking a label up is none.
+    looks_up = implementation.platform == "xla" and bool(of_row)
     _, (top, total, *weighted) = apply_rows(
-        _reduction(options), values, of_row=of_row, implementation=implementation
+        _reduction(options, weighs_target=not looks_up),
+        values,
+        of_row=of_row,
+        implementation=implementation,
     )
+    if looks_up:
+        here = target >= 0
+        logit = jnp.take_along_axis(logits, jnp.where(here, target, 0)[..., None], axis=-1)[..., 0]
+        relative = _capped(logit.astype(top.dtype), options.soft_cap) - finite(top)
+        weighted = [jnp.where(here, relative, 0), here.astype(top.dtype), *weighted]
     log_sum = jnp.log(jnp.where(total == 0, 1, total))
     return _Sums(top, log_sum, *weighted), (logits, target, top, log_sum)
 
@@ -233,14 +243,16 @@ def _target_of(tile: Tile) -> Array:
 
 
 @functools.cache
-def _reduction(options: _Options) -> RowFunction:
+def _reduction(options: _Options, *, weighs_target: bool) -> RowFunction:
     def measure(tile: Tile) -> Statistics:
         logits = _capped(tile.values[0], options.soft_cap)
         top, total = measure_exponentials(tile._replace(values=(logits,)))
         relative = logits - finite(top)
-        target = jnp.where(tile.exists, _target_of(tile), 0)
         total_of = functools.partial(jnp.sum, axis=-1, keepdims=True)
-        sums = [total_of(jnp.where(target != 0, target * relative, 0)), total_of(target)]
+        sums = []
+        if weighs_target:
+            target = jnp.where(tile.exists, _target_of(tile), 0)
+            sums += [total_of(jnp.where(target != 0, target * relative, 0)), total_of(target)]
         if options.smooth:
             there = tile.exists & (logits != -jnp.inf)
             count = total_of(jnp.where(there, jnp.ones_like(logits), 0))
@@ -256,7 +268,7 @@ def _reduction(options: _Options) -> RowFunction:
             sums.append(a[k + 1] + b[k + 1])
         return top, total, *sums
 
-    identity = (-jnp.inf, 0.0) + (0.0, 0.0) * (2 if options.smooth else 1)
+    identity = (-jnp.inf, 0.0) + (0.0, 0.0) * (options.smooth + weighs_target)
     return RowFunction("softmax_cross_entropy", identity, measure, merge)
 
 

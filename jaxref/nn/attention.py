@@ -45,7 +45,8 @@ class MultiHeadAttention(nnx.Module):
       num_kv_heads: key and value heads, a divisor of `num_heads`; default `num_heads`.
       head_dim: size of a head; default `features / num_heads`.
       attention: `attention(query, key, value, *, mask, is_causal)`, and `bias` where
-        `position_bias` is given.
+        `position_bias` is given; a kernel by
+        `functools.partial(dot_product_attention, implementation="pallas")`.
       query_key_norm: a norm of `jaxref.norms` for query and key, over `head_dim` with a gain shared
         by the heads; None leaves them as they are.
       rotary_base: base of the rotary embedding's wavelengths; None for no rotation.

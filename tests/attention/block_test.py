@@ -103,6 +103,42 @@ class NumbersTest(chex.TestCase):
         chex.assert_trees_all_close(*pulled, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu_interpret", "pallas_gpu_interpret"])
+class TestKernels:
+    def test_they_take_the_same_draw(self, implementation):
+        arrays, rng = random_inputs(q_len=20, k_len=30), np.random.default_rng(1)
+        options = {
+            "bias": rng.normal(size=(4, 20, 30)).astype("f"),
+            "mask": rng.random((2, 1, 1, 30)) < 0.7,
+            "block_size": 8,
+        }
+        ours, theirs = (
+            value_and_pullback(
+                lambda *a, name=name: probabilistic_block_attention(
+                    *a, key_rng=KEY, implementation=name, **options
+                ),
+                arrays,
+            )
+            for name in (implementation, "xla")
+        )
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    def test_they_do_not_compute_what_the_draw_leaves_out(self, implementation):
+        query, key, value = random_inputs(q_len=16, k_len=16)
+        key[:, :8] = value[:, :8] = np.nan
+        output = probabilistic_block_attention(
+            query,
+            key,
+            value,
+            key_rng=KEY,
+            block_size=8,
+            keep_probability=near,
+            implementation=implementation,
+        )
+        assert np.isnan(output[:, :8]).all()
+        assert np.isfinite(output[:, 8:]).all()
+
+
 class TestDraw:
     def test_blocks_are_as_frequent_as_asked(self):
         heads, blocks = 2000, 6
@@ -189,6 +225,8 @@ class TestTransformationsAndEdges:
             ),
             ({"mask": np.ones((2, 7), bool)}, ValueError, "mask must broadcast"),
             ({"scale": np.ones(2)}, ValueError, r"scale must have shape \(\)"),
+            ({"implementation": "cudnn"}, ValueError, "implementation must be None or one of"),
+            ({"implementation": "pallas_tpu"}, ValueError, "multiple of 128 on a TPU"),
         ],
     )
     def test_bad_input_is_named(self, kwargs, error, message):

@@ -189,6 +189,24 @@ class TestTransformations:
         np.testing.assert_allclose(sharded(*placed), jax.jit(gradient)(*arguments), atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu_interpret", "pallas_gpu_interpret"])
+def test_kernels_match(implementation):
+    *arrays, cotangent, bias, mask = random_inputs(1, 5, 9, 4, 2)
+    mask[:, :, 2] = False
+    options = {"mask": mask, "is_causal": True, "scale": 0.5}
+    ours = gradients(
+        dot_product_attention, (*arrays, bias), cotangent, implementation=implementation, **options
+    )
+    expected = gradients(dot_product_attention, (*arrays, bias), cotangent, **options)
+    assert_all_close(ours, expected)
+
+
+def test_a_kernel_that_is_not_here_is_refused():
+    *arrays, _, _, _ = random_inputs()
+    with pytest.raises(ValueError, match="needs a TPU or a GPU"):
+        dot_product_attention(*arrays, implementation="pallas")
+
+
 class TestEdges:
     @pytest.mark.parametrize("how", ["mask", "bias", "causal"])
     def test_queries_without_keys_give_zeros_with_zero_gradients(self, how):

@@ -27,3 +27,13 @@ def test_tuning_keeps_the_fastest_tile(tmp_path, monkeypatch):
 def test_a_cpu_has_nothing_to_tune():
     with pytest.raises(ValueError, match="tune needs a GPU or a TPU"):
         list(softmax.run(quick=True, tune=True))
+
+
+def test_attention_is_compared_forward_and_backward():
+    measured = list(
+        softmax.attention_case(
+            (1, 16, 2, 16), "float32", repeats=1, implementation="pallas_interpret", peer="xla"
+        )
+    )
+    assert [m.case.endswith("backward") for m in measured] == [False, False, True, True]
+    assert all(m.peer == "jax.nn, xla" for m in measured if m.implementation == "flash_attention")
