@@ -9,7 +9,7 @@ tiles first, and keeps the best for all later programs.
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,8 @@ from jaxref.kernels.block_sizes import record_block, trying_block
 NAME = "softmax"
 PEER = "jax.nn.softmax"
 
+Block = tuple[int, ...]
+
 
 def run(*, quick: bool = False, repeats: int = 30, tune: bool = False) -> Iterator[Measurement]:
     """`repeats` rounds of every function at every shape."""
@@ -47,7 +49,9 @@ def run(*, quick: bool = False, repeats: int = 30, tune: bool = False) -> Iterat
         if on_cpu:
             raise ValueError("tune needs a GPU or a TPU: XLA's programs for a CPU have no tiles")
         for shape, dtype in shapes:
-            yield from tuned(shape, dtype, repeats=repeats)
+            yield from tuned_rows(shape, dtype, repeats=repeats)
+        yield from tuned_attention((8, 4096, 16, 128), "bfloat16", repeats=repeats)
+        yield from tuned_head((8192, 4096, 131072), "bfloat16", repeats=repeats)
     for shape, dtype in shapes:
         yield from softmax_case(shape, dtype, repeats=repeats, on_cpu=on_cpu)
     shape, dtype = shapes[0] if not on_cpu else ((4, 128) if quick else (2048, 32000), "float32")
@@ -163,50 +167,107 @@ def timed(
             yield Measurement(NAME, case, name, "copy speed", ratios(times, copy, name))
 
 
-def tuned(
+def tuned_rows(
     shape: tuple[int, int],
     dtype: str,
     *,
     repeats: int,
     implementation: str = "pallas",
-    candidates: tuple[tuple[int, int], ...] | None = None,
+    candidates: Sequence[Block] | None = None,
 ) -> Iterator[Measurement]:
-    """Measures sizes of tiles for every kernel over rows, and records the best."""
+    """Measures sizes of tiles for every kernel over rows of this shape."""
     x = jax.random.normal(jax.random.key(0), shape, dtype)
     labels = jax.random.randint(jax.random.key(1), shape[:1], 0, shape[1])
-    forward: dict[str, Callable[[Array], Any]] = {
-        name: partial(getattr(kernels, name), implementation=implementation)
-        for name in ("softmax", "log_softmax", "logsumexp", "two_pass_softmax")
-    }
-    forward["softmax_cross_entropy"] = lambda x: kernels.softmax_cross_entropy(
-        x, labels, implementation=implementation
-    )
-    candidates = candidates or tile_candidates(shape)
-    for name, function in forward.items():
-        times: dict[tuple[int, int], float] = {}
-        for block in candidates:
-            with trying_block(name, shape, block):
-                try:
-                    call = partial(jax.jit(lambda x, f=function: f(x)), x)
-                    seconds = interleave({name: call}, repeats=repeats)[name]
-                except jax.errors.JaxRuntimeError as error:  # too large for the chip's memory
-                    progress(f"{name} in tiles of {block}: {str(error).partition(chr(10))[0]}")
-                    continue
-            times[block] = statistics.median(seconds)
-        if not times:
-            raise RuntimeError(f"no tile of {candidates} runs for {name} of {shape}")
-        best = min(times, key=lambda block: times[block])
-        path = record_block(name, shape, best)
-        progress(f"{name} {shape}: tiles of {best}, kept in {path}")
-        case = f"{list(shape)} {dtype}, tiles of {name}"
-        for (rows, columns), median in times.items():
-            yield Measurement(NAME, case, f"{rows} x {columns}", "seconds", median)
+    for name in ("softmax", "log_softmax", "logsumexp", "two_pass_softmax"):
+        function = partial(getattr(kernels, name), implementation=implementation)
+        yield from tune(name, shape, function, (x,), candidates or row_tiles(shape), repeats)
+    function = partial(kernels.softmax_cross_entropy, implementation=implementation)
+    candidates = candidates or row_tiles(shape)
+    yield from tune("softmax_cross_entropy", shape, function, (x, labels), candidates, repeats)
 
 
-def tile_candidates(shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+def tuned_attention(
+    shape: tuple[int, int, int, int],
+    dtype: str,
+    *,
+    repeats: int,
+    implementation: str = "pallas",
+    candidates: Sequence[Block] | None = None,
+) -> Iterator[Measurement]:
+    """Measures blocks of queries and keys for causal attention with its gradients."""
+    args = jax.random.normal(jax.random.key(0), (3, *shape), dtype)
+
+    def total(*args: Array) -> Array:
+        attend = partial(kernels.flash_attention, is_causal=True, implementation=implementation)
+        return jnp.sum(jnp.asarray(attend(*args)), dtype=jnp.float32)
+
+    sizes = (128, 256, 512, 1024) if jax.default_backend() == "tpu" else (32, 64, 128)
+    candidates = candidates or tuple(itertools.product(sizes, sizes))
+    step = jax.value_and_grad(total, (0, 1, 2))
+    yield from tune("flash_attention", shape[1:], step, tuple(args), candidates, repeats)
+
+
+def tuned_head(
+    sizes: tuple[int, int, int],
+    dtype: str,
+    *,
+    repeats: int,
+    implementation: str = "pallas",
+    candidates: Sequence[Block] | None = None,
+) -> Iterator[Measurement]:
+    """Measures tiles of tokens, vocabulary and, on a GPU, features, for a language model's head."""
+    tokens, features, vocabulary = sizes
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (tokens, features), dtype)
+    kernel = jax.random.normal(keys[1], (features, vocabulary), dtype) * features**-0.5
+    labels = jax.random.randint(keys[2], (tokens,), 0, vocabulary)
+
+    def mean_loss(hidden: Array, kernel: Array, labels: Array) -> Array:
+        return kernels.linear_softmax_cross_entropy(
+            hidden, kernel, labels, blocks="vocabulary", implementation=implementation
+        ).mean()
+
+    if candidates is None and jax.default_backend() == "tpu":
+        candidates = tuple(itertools.product((256, 512, 1024, 2048), (256, 512, 1024)))
+    candidates = candidates or tuple(itertools.product((64, 128), (64, 128, 256), (32, 64)))
+    step, args = jax.value_and_grad(mean_loss, (0, 1)), (hidden, kernel, labels)
+    yield from tune("linear_softmax_cross_entropy", sizes, step, args, candidates, repeats)
+
+
+def tune(
+    name: str,
+    shape: tuple[int, ...],
+    function: Callable[..., Any],
+    args: tuple[Array, ...],
+    candidates: Sequence[Block],
+    repeats: int,
+) -> Iterator[Measurement]:
+    """Times a function of a kernel with each size of its tiles, and records the best."""
+    times: dict[Block, float] = {}
+    for block in candidates:
+        with trying_block(name, shape, block):
+            try:
+                # a function of its own for every size: jit would take it for the same
+                call = partial(jax.jit(lambda *args: function(*args)), *args)
+                seconds = interleave({name: call}, repeats=repeats)[name]
+            except jax.errors.JaxRuntimeError as error:  # too large for the chip's memory
+                progress(f"{name} in tiles of {block}: {str(error).partition(chr(10))[0]}")
+                continue
+        times[block] = statistics.median(seconds)
+    if not times:
+        raise RuntimeError(f"no tile of {candidates} runs for {name} of {shape}")
+    best = min(times, key=lambda block: times[block])
+    path = record_block(name, shape, best)
+    progress(f"{name} {shape}: tiles of {best}, kept in {path}")
+    for block, median in times.items():
+        case = f"{list(shape)}, tiles of {name}"
+        yield Measurement(NAME, case, " x ".join(map(str, block)), "seconds", median)
+
+
+def row_tiles(shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     """Sizes of tiles worth a try: what a platform's kernels can have at all.
 
-    >>> len(tile_candidates((1024, 32000))) > 10
+    >>> len(row_tiles((1024, 32000))) > 10
     True
     """
     on_tpu = jax.default_backend() == "tpu"

@@ -17,6 +17,7 @@ from jaxref.core.checks import (
 )
 from jaxref.core.numerics import compute_dtype
 from jaxref.kernels import flash_attention_xla
+from jaxref.kernels.block_sizes import tuned_block
 from jaxref.kernels.flash_attention_tile import Operands, Options
 from jaxref.kernels.implementation import choose_implementation, varying_alike
 
@@ -68,7 +69,8 @@ def flash_attention(
       block_mask: boolean `[heads, ceil(q_len / block_q), ceil(k_len / block_k)]`, the blocks of S
         that take part; the kernels compute no others. It wants `block_q` and `block_k`.
       block_q, block_k: queries and keys in a block of the kernels, at least 1: multiples of 128 on
-        a TPU, powers of two from 16 on a GPU. By default the kernels choose.
+        a TPU, powers of two from 16 on a GPU. By default as measured
+        (`block_sizes`), else by the kernels' own rule.
       return_logsumexp: return L as well.
       implementation: who computes, see `jaxref.kernels.implementation`: None, for Pallas on a TPU
         and XLA elsewhere; "xla"; "pallas", "pallas_tpu" or "pallas_gpu"; or one of these with
@@ -145,6 +147,8 @@ def flash_attention(
         output = jnp.zeros((*query.shape[:3], value.shape[3]), dtype)
         logsumexp = jnp.full((batch, heads, q_len), -jnp.inf, compute_dtype(query))
     else:
+        if block_q is None and block_k is None and chosen.platform != "xla":
+            block_q, block_k = tuned_block("flash_attention", query.shape[1:]) or (None, None)
         options = Options(is_causal, soft_cap, block_q, block_k, chosen.interpret)
         leaves, structure = jax.tree.flatten(
             Operands(

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxref.kernels import linear_softmax_cross_entropy_xla as xla
+from jaxref.kernels.block_sizes import tuned_block
 from jaxref.kernels.implementation import kernel_result
 
 # Rows, columns and features of the tiles that a program multiplies: what eight warps hold.
@@ -155,6 +156,9 @@ def _call(
 
 def _block(hidden: Array, kernel: Array) -> tuple[int, int, int]:
     """Rows, columns and features of a program's tiles."""
+    tuned = tuned_block("linear_softmax_cross_entropy", (*hidden.shape, kernel.shape[1]))
+    if tuned is not None:
+        return tuned[0], tuned[1], tuned[2]
     rows, columns, features = _BLOCK
     if jnp.result_type(hidden, kernel) == jnp.float32:  # twice the room, and no matrix unit
         rows, features = max(16, rows // 2), max(16, features // 2)

@@ -15,6 +15,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxref.kernels.block_sizes import tuned_block
 from jaxref.kernels.implementation import kernel_result
 from jaxref.kernels.linear_softmax_cross_entropy_xla import Statistics
 
@@ -278,9 +279,11 @@ def _block(
     The axis that the grid goes over on the outside (rows 0, columns 1) gets the most: the more it
     has, the less often the other operand is read. Below 256 of either, matrix units are idle.
     """
+    largest = tuned_block("linear_softmax_cross_entropy", (*hidden.shape, kernel.shape[1]))
+    largest = largest or _BLOCK
     halvings = range(1 if jnp.result_type(hidden, kernel) == jnp.float32 else 0, 11)
-    rows = sorted({max(16, _BLOCK[0] >> i) for i in halvings})
-    columns = sorted({max(128, _BLOCK[1] >> i) for i in halvings})
+    rows = sorted({max(16, largest[0] >> i) for i in halvings})
+    columns = sorted({max(128, largest[1] >> i) for i in halvings})
     blocks = [(r, c) for r in rows for c in columns]
     fitting = [b for b in blocks if b[0] * row_bytes + b[1] * column_bytes <= _BLOCK_BYTES]
     best = max(fitting, key=lambda b: (min(*b, 256), b[outer], b[1 - outer]))
