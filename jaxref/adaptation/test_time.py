@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_floating
 from jaxref.core.numerics import compute_dtype
+from jaxref.core.shards import sum_over_shards
 from jaxref.optimizers import norm_parameters_only, train_only
 
 
@@ -66,8 +67,7 @@ def class_correlation_loss(
     examples = tuple(range(logits.ndim - 1))
     row = jnp.sum(probs, axis=examples)
     off_diagonal = jnp.sum(probs * (1 - probs), axis=examples)
-    if axis_name is not None:
-        row, off_diagonal = jax.lax.psum((row, off_diagonal), axis_name)
+    row, off_diagonal = sum_over_shards((row, off_diagonal), axis_name)
     if normalize:
         return jnp.mean(off_diagonal / (row + 1e-8))
     return jnp.sum(off_diagonal) / jnp.sum(row)

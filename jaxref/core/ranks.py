@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-AxisName = str | tuple[str, ...]
+from jaxref.core.shards import AxisName, sum_over_shards
 
 
 def ascending_ranks(
@@ -36,9 +36,8 @@ def ascending_ranks(
         excluded = ~jnp.broadcast_to(where, values.shape)
     keys, absent = values.ravel(), excluded.ravel()
     start: Array | int = 0
-    number = jnp.sum(~absent, dtype=jnp.int32)
+    number = sum_over_shards(jnp.sum(~absent, dtype=jnp.int32), axis_name)
     if axis_name is not None:
-        number = jax.lax.psum(number, axis_name)
         start = jax.lax.axis_index(axis_name) * keys.size
         keys, absent = jax.lax.all_gather((keys, absent), axis_name, tiled=True)
     order = jnp.lexsort((jnp.where(absent, 0, keys), absent))

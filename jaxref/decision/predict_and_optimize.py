@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 from jaxref.core.binary_labels import split_by_label
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval, check_shape
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.ranks import AxisName, ascending_ranks
+from jaxref.core.ranks import ascending_ranks
+from jaxref.core.shards import AxisName, sum_over_shards
 
 _SURROGATES: dict[str, Callable[[Array], Array]] = {
     "logistic": lambda margin: jax.nn.softplus(-margin) / math.log(2),
@@ -284,8 +285,7 @@ def spo_plus_loss(
     losses = worst * (chosen.astype(worst.dtype) - best)
     if budget is not None:
         losses = jnp.sum(losses)
-        if axis_name is not None:
-            losses = jax.lax.psum(losses, axis_name)
+        losses = sum_over_shards(losses, axis_name)
     return losses.astype(jnp.result_type(predicted_profits))
 
 

@@ -37,7 +37,7 @@ from jaxref.core.checks import (
     check_shape,
 )
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.ranks import AxisName
+from jaxref.core.shards import AxisName
 from jaxref.kernels import linear_softmax_cross_entropy_xla as xla
 from jaxref.kernels.implementation import (
     Implementation,

@@ -22,7 +22,7 @@ from jaxref.core.checks import (
     check_shape,
 )
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.ranks import AxisName
+from jaxref.core.shards import AxisName, sum_over_shards
 from jaxref.kernels.implementation import Implementation, choose_implementation
 from jaxref.kernels.row_function import RowFunction, Statistics, Tile
 from jaxref.kernels.rows import apply_rows
@@ -124,7 +124,7 @@ def softmax_cross_entropy(
         known = (labels >= 0) & (labels < whole_width(width, axis_name))
         if admitted is not None:
             here &= jnp.take_along_axis(admitted, target[..., None], axis=-1)[..., 0]
-            known &= here if axis_name is None else jax.lax.psum(here.astype(int), axis_name) > 0
+            known &= sum_over_shards(here.astype(int), axis_name) > 0
         target = jnp.where(here, target, -1)  # no column
     else:
         target = jnp.moveaxis(labels, axis, -1).astype(compute_dtype(rows))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxref.core.ranks import AxisName
+from jaxref.core.shards import AxisName
 
 
 def combine_over_vocabulary(

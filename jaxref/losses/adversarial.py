@@ -20,7 +20,8 @@ from jaxref.core.checks import (
 )
 from jaxref.core.labels import label_distribution, masked_log_softmax
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.ranks import AxisName, ascending_ranks
+from jaxref.core.ranks import ascending_ranks
+from jaxref.core.shards import AxisName
 from jaxref.losses.comp_sum import comp_sum_loss
 
 

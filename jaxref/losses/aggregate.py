@@ -16,7 +16,7 @@ from jaxref.core.checks import (
     check_shape,
 )
 from jaxref.core.numerics import compute_dtype
-from jaxref.losses.pairwise import AxisName, sum_over_shards
+from jaxref.core.shards import AxisName, sum_over_shards
 from jaxref.losses.regression import squared_error
 
 LossFunction = Callable[[Array, Array], Array]

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval, check_shape
 from jaxref.core.labels import label_distribution, masked_log_softmax
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.ranks import AxisName
+from jaxref.core.shards import AxisName, sum_over_shards
 from jaxref.losses.classification import poly_cross_entropy
 
 
@@ -198,8 +198,7 @@ def correctness_aware_loss(
     loss = jnp.square(confidence - correct)
     if balance:
         counts = [jnp.count_nonzero(group) for group in (correct, valid)]
-        if axis_name is not None:
-            counts = jax.lax.psum(counts, axis_name)
+        counts = sum_over_shards(counts, axis_name)
         num_correct, total = (count.astype(loss.dtype) for count in counts)
         group = jnp.where(correct, num_correct, total - num_correct)
         both = (num_correct > 0) & (num_correct < total)

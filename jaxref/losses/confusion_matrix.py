@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.ranks import AxisName
+from jaxref.core.shards import AxisName
 from jaxref.losses.segmentation import Axes, ratio_or_zero, set_sums
 
 

@@ -1,6 +1,5 @@
 """Losses for classes of very different sizes: focal, self-adjusting Dice, and hard negatives."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -8,7 +7,8 @@ from jax.typing import ArrayLike
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval, check_shape
 from jaxref.core.labels import expected_over_labels, label_distribution, masked_log_softmax
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.ranks import AxisName, ascending_ranks
+from jaxref.core.ranks import ascending_ranks
+from jaxref.core.shards import AxisName, sum_over_shards
 from jaxref.losses.classification import poly1_focal_loss
 from jaxref.losses.segmentation import Axes, dice_loss
 
@@ -306,7 +306,6 @@ def hard_negative_mask(
     positive, negative = exists & is_positive, exists & ~is_positive
     ranks, _ = ascending_ranks(-jnp.asarray(scores), where=negative, axis_name=axis_name)
     num_positive = jnp.count_nonzero(positive)
-    if axis_name is not None:
-        num_positive = jax.lax.psum(num_positive, axis_name)
+    num_positive = sum_over_shards(num_positive, axis_name)
     kept = jnp.floor(ratio * num_positive + 1e-3)  # 0.3 of 10 are 3, whatever 0.3 is in binary
     return positive | (negative & (ranks < kept))

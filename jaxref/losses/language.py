@@ -14,6 +14,7 @@ from jaxref.core.checks import (
 )
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.reductions import masked_logsumexp
+from jaxref.core.shards import sum_over_shards
 
 
 def z_loss(
@@ -133,7 +134,6 @@ def load_balance_loss(
         jnp.sum(wide, axis=every_token, where=admitted[..., None]),
         jnp.sum(admitted, dtype=wide.dtype),
     ]
-    if axis_name is not None:
-        sums = jax.lax.psum(sums, axis_name)
+    sums = sum_over_shards(sums, axis_name)
     shares, mean_probabilities = (total / jnp.maximum(sums[2], 1) for total in sums[:2])
     return num_experts * jnp.sum(jax.lax.stop_gradient(shares) * mean_probabilities)

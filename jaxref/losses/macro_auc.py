@@ -10,13 +10,8 @@ from jax.typing import ArrayLike
 from jaxref.core.binary_labels import split_by_label
 from jaxref.core.checks import check_interval, check_shape
 from jaxref.core.numerics import compute_dtype
-from jaxref.losses.pairwise import (
-    AxisName,
-    check_surrogate,
-    mean_over_pairs,
-    pairwise_surrogate,
-    sum_over_shards,
-)
+from jaxref.core.shards import AxisName, sum_over_shards
+from jaxref.losses.pairwise import check_surrogate, mean_over_pairs, pairwise_surrogate
 
 
 def macro_auc_pairwise_loss(

@@ -12,7 +12,8 @@ from jaxref.core.checks import check_broadcastable, check_floating, check_interv
 from jaxref.core.exponential import linear_tail_exp
 from jaxref.core.labels import label_distribution
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.ranks import AxisName, ascending_ranks
+from jaxref.core.ranks import ascending_ranks
+from jaxref.core.shards import AxisName, sum_over_shards
 
 _MARGIN_LOSSES: dict[str, Callable[[Array], Array]] = {
     "hinge": lambda s: jax.nn.relu(1 - s),
@@ -267,8 +268,7 @@ def periodic_ensemble_calibrated_loss(
     )
     admitted = True if where is None else where
     seen = jnp.sum(jnp.broadcast_to(admitted, jnp.shape(scores)), dtype=jnp.int32)
-    if axis_name is not None:
-        seen = jax.lax.psum(seen, axis_name)
+    seen = sum_over_shards(seen, axis_name)
     examples = state.examples % state.num_examples + seen
     return losses, EnsembleState(box_cox_lambda, epoch, examples, state.num_examples)
 

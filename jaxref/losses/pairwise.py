@@ -10,8 +10,7 @@ from jax.typing import ArrayLike
 from jaxref.core.checks import check_floating, check_interval
 from jaxref.core.exponential import linear_tail_exp
 from jaxref.core.numerics import compute_dtype
-
-AxisName = str | tuple[str, ...]
+from jaxref.core.shards import AxisName, all_shards, sum_over_shards
 
 _SURROGATES: dict[str, Callable[[Array, float], Array]] = {
     "squared_hinge": lambda d, m: jnp.square(jax.nn.relu(m - d)),
@@ -71,16 +70,6 @@ def check_surrogate(kind: str, name: str = "kind") -> None:
     """
     if kind not in _SURROGATES:
         raise ValueError(f"{name} must be one of {sorted(_SURROGATES)}, got {kind!r}")
-
-
-def sum_over_shards(values: Array, axis_name: AxisName | None) -> Array:
-    """The sum over the shards of mapped axes; the values themselves without any."""
-    return values if axis_name is None else jax.lax.psum(values, axis_name)
-
-
-def all_shards(values: Array, axis_name: AxisName | None) -> Array:
-    """The rows of all shards, one shard after the other; the values themselves without any."""
-    return values if axis_name is None else jax.lax.all_gather(values, axis_name, tiled=True)
 
 
 def mean_over_pairs(

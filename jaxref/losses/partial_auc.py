@@ -15,13 +15,8 @@ from jaxref.core.binary_labels import split_by_label
 from jaxref.core.checks import check_interval, check_shape
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.reductions import masked_logsumexp
-from jaxref.losses.pairwise import (
-    AxisName,
-    all_shards,
-    check_surrogate,
-    pairwise_surrogate,
-    sum_over_shards,
-)
+from jaxref.core.shards import AxisName, all_shards, sum_over_shards
+from jaxref.losses.pairwise import check_surrogate, pairwise_surrogate
 
 
 class PartialAUCState(NamedTuple):

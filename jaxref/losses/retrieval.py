@@ -17,11 +17,8 @@ from jaxref.core.checks import (
 from jaxref.core.labels import masked_log_softmax
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.reductions import masked_mean
-from jaxref.losses.pairwise import (
-    AxisName,
-    all_shards,
-    mean_over_pairs,
-)
+from jaxref.core.shards import AxisName, all_shards
+from jaxref.losses.pairwise import mean_over_pairs
 
 
 def mann_whitney_loss(

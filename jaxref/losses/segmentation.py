@@ -12,7 +12,6 @@ entry a set of its own.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -26,8 +25,8 @@ from jaxref.core.checks import (
 )
 from jaxref.core.labels import label_distribution
 from jaxref.core.numerics import compute_dtype
+from jaxref.core.shards import AxisName, sum_over_shards
 
-AxisName = str | tuple[str, ...]
 Axes = int | tuple[int, ...]
 
 
@@ -462,7 +461,7 @@ def set_sums(
     """The sum of each term over the axes of the set, and over its shards."""
     axes = set_axes(reduce_axes, terms[0].ndim)
     sums = [jnp.sum(term, axis=axes) for term in terms]
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return sum_over_shards(sums, axis_name)
 
 
 def set_axes(reduce_axes: Axes | None, ndim: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval, check_shape
 from jaxref.core.labels import label_distribution
 from jaxref.core.numerics import compute_dtype
-from jaxref.losses.segmentation import AxisName, masked_pair, ratio_or_zero
+from jaxref.core.shards import AxisName, sum_over_shards
+from jaxref.losses.segmentation import masked_pair, ratio_or_zero
 
 # Down, up, left, right, and the diagonals: where a boundary pixel can move. Of equally near ones
 # the first counts.
@@ -101,8 +102,7 @@ def active_boundary_loss(
     cross_entropy = -jnp.sum(target * log_directions, axis=-1)
     losses = jnp.minimum(distance, truncation) / truncation * cross_entropy
     sums = [jnp.sum(losses, where=moves), jnp.sum(moves, dtype=losses.dtype)]
-    if axis_name is not None:
-        sums = jax.lax.psum(sums, axis_name)
+    sums = sum_over_shards(sums, axis_name)
     return ratio_or_zero(*sums).astype(jnp.result_type(logits))
 
 
@@ -306,8 +306,7 @@ def conditional_boundary_loss(
     terms = (pull, -jnp.sum(q * log_p, axis=-1), pair_error)
     sums = [jnp.sum(term, where=anchors) for term in terms]
     counts = [jnp.sum(anchors, dtype=f.dtype), jnp.sum(pairs, where=anchors)]
-    if axis_name is not None:
-        sums, counts = jax.lax.psum((sums, counts), axis_name)
+    sums, counts = sum_over_shards((sums, counts), axis_name)
     loss = (
         centre_weight * ratio_or_zero(sums[0], counts[0])
         + classification_weight * ratio_or_zero(sums[1], counts[0])

@@ -13,8 +13,9 @@ from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval
 from jaxref.core.numerics import compute_dtype
+from jaxref.core.shards import AxisName
 from jaxref.losses.cross_entropy import softmax_cross_entropy
-from jaxref.losses.segmentation import AxisName, pixel_mask
+from jaxref.losses.segmentation import pixel_mask
 from jaxref.losses.segmentation_region import gathered, same_on_all
 
 

@@ -15,7 +15,8 @@ from jaxref.core.checks import (
     check_shape,
 )
 from jaxref.core.numerics import compute_dtype
-from jaxref.losses.segmentation import AxisName, focal_tversky_loss
+from jaxref.core.shards import AxisName
+from jaxref.losses.segmentation import focal_tversky_loss
 
 
 def maximum_intensity_projection(

@@ -9,9 +9,9 @@ from jax.typing import ArrayLike
 from jaxref.core.checks import check_floating, check_interval, check_shape
 from jaxref.core.labels import label_distribution
 from jaxref.core.numerics import compute_dtype
+from jaxref.core.shards import AxisName
 from jaxref.losses.segmentation import (
     Axes,
-    AxisName,
     binary_targets,
     masked_pair,
     pixel_mask,

@@ -13,7 +13,7 @@ from jaxref.core.checks import (
     check_shape,
 )
 from jaxref.core.numerics import compute_dtype
-from jaxref.losses.pairwise import AxisName, all_shards, sum_over_shards
+from jaxref.core.shards import AxisName, all_shards, sum_over_shards
 
 
 def discrete_hazard_loss(

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval, check_shape
 from jaxref.core.labels import label_distribution, masked_log_softmax
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.ranks import AxisName
+from jaxref.core.shards import AxisName, sum_over_shards
 from jaxref.losses.regression import squared_error
 
 
@@ -300,7 +300,7 @@ def _moments(
 
     def total(x: Array) -> Array:
         sums = jnp.sum(x, axis=tuple(range(values.ndim)))
-        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+        return sum_over_shards(sums, axis_name)
 
     count = total(members.astype(values.dtype))
     mean = total(jnp.where(members, values[..., None], 0.0)) / jnp.maximum(count, 1)
@@ -326,6 +326,5 @@ def _mask_outliers(
 
 def _included_mean(losses: Array, included: Array, axis_name: AxisName | None) -> Array:
     sums = (jnp.sum(jnp.where(included, losses, 0.0)), jnp.sum(included, dtype=losses.dtype))
-    if axis_name is not None:
-        sums = jax.lax.psum(sums, axis_name)
+    sums = sum_over_shards(sums, axis_name)
     return sums[0] / jnp.maximum(sums[1], 1)

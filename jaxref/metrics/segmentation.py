@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -11,6 +10,7 @@ from scipy import ndimage
 
 from jaxref.core.checks import check_broadcastable, check_interval, check_shape
 from jaxref.core.reductions import masked_mean
+from jaxref.core.shards import sum_over_shards
 
 
 def mean_iou(
@@ -177,4 +177,4 @@ def _class_counts(
         + jnp.sum(actual, axis=axes, dtype=jnp.float32),
     ]
     sums = [jnp.where(valid, total, jnp.nan) for total in sums]
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return sum_over_shards(sums, axis_name)

@@ -15,10 +15,9 @@ from jaxref.core.checks import (
 )
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.reductions import masked_mean
+from jaxref.core.shards import AxisName, sum_over_shards
 from jaxref.norms.group import check_groups, group_norm
 from jaxref.norms.rms import reciprocal_root, spread_parameter
-
-AxisName = str | tuple[str, ...]
 
 
 class BatchNormState(NamedTuple):
@@ -219,8 +218,7 @@ def ghost_batch_norm(
 
     def advanced(running, values):
         news = jnp.sum(weights[:, None] * values.reshape(ghosts, -1), axis=0)
-        if axis_name is not None:
-            news = jax.lax.psum(news, axis_name)
+        news = sum_over_shards(news, axis_name)
         kept = jnp.power(jnp.float32(momentum), shards * ghosts)
         return jax.lax.stop_gradient((kept * running + news).astype(running.dtype))
 
@@ -465,7 +463,7 @@ def any_admitted(x: Array, where: ArrayLike | None, axis_name: AxisName | None) 
     if where is None:
         return True
     admitted = jnp.broadcast_to(where, x.shape).any(axis=tuple(range(x.ndim - 1)))
-    return admitted if axis_name is None else jax.lax.psum(admitted, axis_name) > 0
+    return sum_over_shards(admitted, axis_name) > 0
 
 
 def affine(

@@ -9,7 +9,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_interval
-from jaxref.norms.batch import AxisName, affine, batch_moments, checked_batch
+from jaxref.core.shards import AxisName
+from jaxref.norms.batch import affine, batch_moments, checked_batch
 from jaxref.norms.group import check_groups
 from jaxref.norms.rms import spread_parameter
 

@@ -10,7 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_floating, check_interval, check_shape
-from jaxref.norms.batch import AxisName, affine, checked_batch
+from jaxref.core.shards import AxisName, sum_over_shards
+from jaxref.norms.batch import affine, checked_batch
 from jaxref.norms.group import check_groups
 from jaxref.norms.rms import reciprocal_root, rms_norm
 
@@ -353,8 +354,7 @@ class Entries(NamedTuple):
     def mean(self, values: Array, axis_name: AxisName | None) -> Array:
         """Mean of `values [..., C]`, 0 where they do not count, over all axes but the last."""
         total = jnp.sum(values, axis=tuple(range(values.ndim - 1)))
-        if axis_name is not None:
-            total = jax.lax.psum(total, axis_name)
+        total = sum_over_shards(total, axis_name)
         return total / jnp.maximum(self.number, 1)
 
 
@@ -366,7 +366,7 @@ def count_entries(x: Array, where: ArrayLike | None, axis_name: AxisName | None)
         ones = jnp.ones(x.shape, jnp.float32)
         number = jnp.sum(ones, axis=tuple(range(x.ndim - 1)), where=where)
     entries = Entries(number, jnp.float32(1))
-    return entries if axis_name is None else jax.lax.psum(entries, axis_name)
+    return sum_over_shards(entries, axis_name)
 
 
 def summed_over_shards(value: Array, x: Array, axis_name: AxisName | None) -> Array:

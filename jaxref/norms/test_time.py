@@ -8,7 +8,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_floating, check_interval, check_shape
-from jaxref.norms.batch import AxisName, affine, batch_moments, checked_batch, global_mean
+from jaxref.core.shards import AxisName
+from jaxref.norms.batch import affine, batch_moments, checked_batch, global_mean
 from jaxref.norms.rms import reciprocal_root
 
 

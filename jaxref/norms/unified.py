@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_floating, check_interval, check_shape
 from jaxref.core.numerics import compute_dtype
-from jaxref.norms.batch import AxisName, affine, checked_batch
+from jaxref.core.shards import AxisName
+from jaxref.norms.batch import affine, checked_batch
 from jaxref.norms.power import Entries, count_entries, summed_over_shards
 from jaxref.norms.rms import reciprocal_root
 
