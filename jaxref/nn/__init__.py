@@ -8,6 +8,7 @@ from jaxref.nn.activations import (
     worst_activation,
 )
 from jaxref.nn.attention import MultiHeadAttention
+from jaxref.nn.bit_linear import BitLinear
 from jaxref.nn.conv import (
     Conv,
     ScaledWeightStandardizedConv,
@@ -152,4 +153,5 @@ __all__ = [
     "ListTransformer",
     "FeatureTransformer",
     "InputConvexNetwork",
+    "BitLinear",
 ]
