@@ -130,13 +130,15 @@ from jaxref.quantization.pyramid import (
     PyramidTensor,
     beta_amplitude_codebook,
     pyramid_bits_per_weight,
-    pyramid_count,
-    pyramid_decode,
     pyramid_dequantize,
-    pyramid_encode,
-    pyramid_project,
     pyramid_quantize,
     pyramid_quantize_hessian,
+)
+from jaxref.quantization.pyramid_lattice import (
+    pyramid_count,
+    pyramid_decode,
+    pyramid_encode,
+    pyramid_project,
 )
 from jaxref.quantization.rotation import (
     StiefelAdamState,
