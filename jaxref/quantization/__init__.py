@@ -37,6 +37,22 @@ from jaxref.quantization.cross_layer import (
     search_visual_ranges,
     visual_encoder_objective,
 )
+from jaxref.quantization.elastic import (
+    ElasticConfig,
+    ElasticParams,
+    elastic_quantize,
+    elastic_quantizer_init,
+    group_progressive_guidance_loss,
+    weight_distribution_regularization,
+)
+from jaxref.quantization.elastic_search import (
+    AccuracyPredictor,
+    BitSearch,
+    accuracy_predictor_features,
+    accuracy_predictor_fit,
+    evolutionary_bit_search,
+    predict_accuracy,
+)
 from jaxref.quantization.equivalent_transforms import (
     EquivalentTransform,
     TransformSite,
@@ -139,6 +155,17 @@ from jaxref.quantization.pyramid_lattice import (
     pyramid_decode,
     pyramid_encode,
     pyramid_project,
+)
+from jaxref.quantization.quantization_aware import (
+    OscillationState,
+    confidence_guided_annealing,
+    confidence_guided_mask,
+    learned_step_init,
+    learned_step_quantize,
+    oscillation_tracker_init,
+    oscillation_tracker_update,
+    statistical_weight_codes,
+    statistical_weight_quantize,
 )
 from jaxref.quantization.rotation import (
     StiefelAdamState,
@@ -299,4 +326,25 @@ __all__ = [
     "search_block_ranges",
     "visual_encoder_objective",
     "search_visual_ranges",
+    "statistical_weight_quantize",
+    "statistical_weight_codes",
+    "OscillationState",
+    "oscillation_tracker_init",
+    "oscillation_tracker_update",
+    "confidence_guided_mask",
+    "confidence_guided_annealing",
+    "learned_step_init",
+    "learned_step_quantize",
+    "ElasticConfig",
+    "ElasticParams",
+    "elastic_quantizer_init",
+    "elastic_quantize",
+    "weight_distribution_regularization",
+    "group_progressive_guidance_loss",
+    "AccuracyPredictor",
+    "accuracy_predictor_features",
+    "accuracy_predictor_fit",
+    "predict_accuracy",
+    "BitSearch",
+    "evolutionary_bit_search",
 ]
