@@ -161,7 +161,13 @@ def predict_accuracy(predictor: AccuracyPredictor, features: ArrayLike) -> Array
     Raises:
       ValueError: features of another width.
 
-    Example: see `accuracy_predictor_fit`.
+    Use it as the `accuracy` of `evolutionary_bit_search`, after `accuracy_predictor_features`.
+
+    Example:
+      >>> kernels = jnp.eye(2), jnp.eye(2), jnp.eye(2), jnp.ones((2, 1))
+      >>> predictor = AccuracyPredictor(kernels, (jnp.zeros(2),) * 3, jnp.array(0.5))
+      >>> print(predict_accuracy(predictor, jnp.array([0.125, 0.25])))
+      0.875
 
     Reference: Xu et al., "EQ-Net: Elastic Quantization Neural Networks", 2023, arXiv:2308.07650.
     """
