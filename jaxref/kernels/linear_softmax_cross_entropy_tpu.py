@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxref.kernels.block_sizes import tuned_block
 from jaxref.kernels.implementation import kernel_result
 from jaxref.kernels.linear_softmax_cross_entropy_xla import Statistics
+from jaxref.kernels.row_function import next_multiple
 
 # Rows and columns of a tile of logits at most, and half of them in float32, where the compiler has
 # products in parts beside it. Larger blocks are fetched less often.
@@ -288,13 +289,9 @@ def _block(
     fitting = [b for b in blocks if b[0] * row_bytes + b[1] * column_bytes <= _BLOCK_BYTES]
     best = max(fitting, key=lambda b: (min(*b, 256), b[outer], b[1 - outer]))
     return (
-        min(best[0], _next_multiple(len(hidden), 16)),
-        min(best[1], _next_multiple(kernel.shape[1], 128)),
+        min(best[0], next_multiple(len(hidden), 16)),
+        min(best[1], next_multiple(kernel.shape[1], 128)),
     )
-
-
-def _next_multiple(size: int, of: int) -> int:
-    return pl.cdiv(size, of) * of
 
 
 def _compiler_params() -> pltpu.CompilerParams:

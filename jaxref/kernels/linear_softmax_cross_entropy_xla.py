@@ -167,6 +167,7 @@ def by_tokens_forward(
 
 
 def by_tokens_backward(residuals: Any, cotangent: Array) -> Any:
+    """The gradients of the forward pass, scaled; a second pass where cotangents differ."""
     hidden, kernel, labels, live, z_loss, log_zs, d_hidden, d_kernel = residuals
     cotangent = jnp.where(live, cotangent, 0)
     lowest = jnp.finfo(cotangent.dtype).min

@@ -271,25 +271,27 @@ _LOG_SOFTMAX_BACKWARD = RowFunction(
 _XLA = Implementation("xla")
 
 
-@jax.custom_jvp
-def _softmax(x: Array) -> Array:
-    return apply_rows(_SOFTMAX, (x,), dtypes=(x.dtype,), implementation=_XLA)[0][0]
+def softmax_by_xla(function: RowFunction) -> Callable[[Array], Array]:
+    """A softmax along the last axis, and its change with its argument, y (dx - Σ y dx).
 
-
-@_softmax.defjvp
-def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    y = _softmax(x)
-    return y, softmax_tangent(y, dx)
-
-
-def softmax_tangent(y: Array, dx: Array) -> Array:
-    """The change of a softmax y along the last axis with its argument: y (dx - Σ y dx).
-
-    >>> print(softmax_tangent(jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0])))
-    [ 0.25 -0.25]
+    >>> print(softmax_by_xla(_SOFTMAX)(jnp.zeros(4)))
+    [0.25 0.25 0.25 0.25]
     """
-    return y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))
+
+    @jax.custom_jvp
+    def softmax(x: Array) -> Array:
+        return apply_rows(function, (x,), dtypes=(x.dtype,), implementation=_XLA)[0][0]
+
+    @softmax.defjvp
+    def tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        (x,), (dx,) = primals, tangents
+        y = softmax(x)
+        return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))
+
+    return softmax
+
+
+_softmax = softmax_by_xla(_SOFTMAX)
 
 
 @jax.custom_jvp

@@ -17,7 +17,7 @@ from jaxref.core.numerics import compute_dtype
 from jaxref.kernels.implementation import Implementation
 from jaxref.kernels.row_function import RowFunction, Statistics, Tile
 from jaxref.kernels.rows import apply_rows
-from jaxref.kernels.softmax import SOFTMAX_BACKWARD, over_rows, row_kernel, softmax_tangent
+from jaxref.kernels.softmax import SOFTMAX_BACKWARD, over_rows, row_kernel, softmax_by_xla
 
 # ln 2 in three parts, of 10 significant bits the first two: n times either is exact for the n that
 # 14 bits hold, which x up to 11000 has.
@@ -245,16 +245,7 @@ _SOFTMAX = _SUM._replace(name="two_pass_softmax", write=_write)
 _XLA = Implementation("xla")
 
 
-@jax.custom_jvp
-def _softmax(x: Array) -> Array:
-    return apply_rows(_SOFTMAX, (x,), dtypes=(x.dtype,), implementation=_XLA)[0][0]
-
-
-@_softmax.defjvp
-def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    y = _softmax(x)
-    return y, softmax_tangent(y, dx)
+_softmax = softmax_by_xla(_SOFTMAX)
 
 
 @jax.custom_jvp

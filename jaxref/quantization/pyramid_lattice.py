@@ -154,6 +154,7 @@ def pyramid_decode(index: ArrayLike, n: int, k: int) -> Array:
 
 
 def check_count(least: int, **values: int) -> None:
+    """Raises unless the values are integers of at least `least`, naming the one that is not."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {value!r}")
@@ -163,6 +164,7 @@ def check_count(least: int, **values: int) -> None:
 
 @functools.partial(jax.jit, static_argnames=("k", "refine"))
 def project(x: Array, k: int, refine: bool = True) -> Array:
+    """`pyramid_project` of what is known to be right."""
     size = jnp.abs(x)
     largest = jnp.max(size, axis=-1, keepdims=True)
     # by the largest, as sums of what is near the ends of the type's range are not finite
@@ -222,6 +224,7 @@ def _counts(n: int, k: int) -> list[list[int]]:
 
 
 def index_bits(n: int, k: int) -> int:
+    """Bits of the largest index of a point with n entries and k pulses."""
     return (pyramid_count(n, k) - 1).bit_length()
 
 
