@@ -2,6 +2,7 @@
 
 from jaxref.losses.adversarial import (
     logit_margin,
+    mart_loss,
     one_versus_rest_loss,
     projected_gradient_attack,
     smooth_adversarial_comp_sum_loss,
@@ -369,6 +370,7 @@ __all__ = [
     "logit_margin",
     "switching_one_versus_rest_loss",
     "switching_ovr_trades_loss",
+    "mart_loss",
     "smooth_adversarial_comp_sum_loss",
     "projected_gradient_attack",
     "mann_whitney_loss",

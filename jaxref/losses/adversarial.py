@@ -115,13 +115,8 @@ def logit_margin(
     Reference: Kanai et al., "One-vs-the-Rest Loss to Focus on Important Samples in Adversarial
     Training", 2022, arXiv:2207.10283.
     """
-    q = label_distribution(labels, logits, axis=axis, where=where)
-    classes = q.shape[axis]
-    if classes < 2:
-        raise ValueError(f"logits must have at least two classes, got {classes}")
+    q, own, admitted = _own_class(labels, logits, axis=axis, where=where)
     z = jnp.asarray(logits).astype(q.dtype)
-    admitted = jnp.ones(z.shape, bool) if where is None else jnp.broadcast_to(where, z.shape)
-    own = jax.nn.one_hot(jnp.argmax(q, axis=axis), classes, axis=axis, dtype=bool)
     rival = jnp.max(z, axis=axis, where=admitted & ~own, initial=jnp.finfo(z.dtype).min)
     margins = jnp.sum(jnp.where(own, z, 0.0), axis=axis) - rival
     margins = jnp.where(admitted.sum(axis=axis) > 1, margins, 0.0)
@@ -264,6 +259,73 @@ def switching_ovr_trades_loss(
     log_q = masked_log_softmax(adversarial_logits, axis=axis, where=classes)
     divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=axis)
     return (switching + beta * divergence).astype(jnp.result_type(natural_logits))
+
+
+def mart_loss(
+    natural_logits: ArrayLike,
+    adversarial_logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    beta: float = 5.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Cross-entropy with a margin under attack, and stability where the clean input is missed.
+
+        L = -log p'_y - log(1 - max_{k≠y} p'_k) + β (1 - p_y) KL(p, p')
+
+    with p the softmax of the clean logits and p' that of the adversarial ones. For labels that are
+    distributions, y is the most probable class.
+
+    Args:
+      natural_logits: `[..., classes]` floating point, of clean inputs; the classes at `axis`, two
+        at least.
+      adversarial_logits: the same shape, of their adversarial examples, from
+        `projected_gradient_attack` on the cross-entropy.
+      labels: integer ids `[...]`, or distributions of the shape of the logits. An id that is not an
+        admitted class gives NaN for its example.
+      beta: β at least 0. Default 5; the authors also use 6.
+      axis: the class axis.
+      where: boolean, broadcastable to the logits; classes to admit. Default: all.
+
+    Returns:
+      `[...]` losses in the type of `natural_logits`; 0 where fewer than two classes are admitted.
+      Gradients reach both logits, as 1 - p_y is no constant either. The sum over the classes but
+      the rival stands for 1 - max p', so that it needs no guard.
+
+    Raises:
+      ValueError: `beta` out of range, fewer than two classes, or shapes that do not match.
+      TypeError: logits that are not floating point, or labels of a type that is neither.
+
+    Where examples that the model misses count for more in robustness, this weights their
+    consistency; `switching_ovr_trades_loss` widens the margins of the hardest instead.
+
+    Example:
+      >>> clean, attacked = jnp.array([[2.0, 0.0]]), jnp.array([[1.0, 0.5]])
+      >>> print(mart_loss(clean, attacked, jnp.array([0])).round(2))
+      [1.05]
+
+    Reference: Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified
+    Examples", 2020, ICLR.
+    """
+    check_interval(0, jnp.inf, beta=beta)
+    check_floating(adversarial_logits=adversarial_logits)
+    check_shape(jnp.shape(natural_logits), adversarial_logits=adversarial_logits)
+    q, own, admitted = _own_class(labels, natural_logits, axis=axis, where=where)
+    log_p = masked_log_softmax(natural_logits, axis=axis, where=where)
+    log_q = masked_log_softmax(adversarial_logits, axis=axis, where=where)
+    others = admitted & ~own
+    rival = jnp.argmax(jnp.where(others, log_q, jnp.finfo(log_q.dtype).min), axis=axis)
+    rival = jax.nn.one_hot(rival, q.shape[axis], axis=axis, dtype=bool)
+    any_other = others.any(axis=axis)
+    rest = jnp.where(jnp.expand_dims(any_other, axis), admitted & ~rival, True)
+    log_true_p, log_true_q = (jnp.sum(jnp.where(own, x, 0.0), axis=axis) for x in (log_p, log_q))
+    boosted = -log_true_q - jax.nn.logsumexp(log_q, axis=axis, where=rest)
+    divergence = jnp.sum(jnp.where(admitted, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=axis)
+    losses = boosted - beta * jnp.expm1(log_true_p) * divergence
+    losses = jnp.where(any_other, losses, 0.0)
+    losses = jnp.where(jnp.isnan(q).any(axis=axis), jnp.nan, losses)
+    return losses.astype(jnp.result_type(natural_logits))
 
 
 def smooth_adversarial_comp_sum_loss(
@@ -441,3 +503,16 @@ def _classes_of_members(logits: ArrayLike, *, axis: int, where: ArrayLike | None
     del shape[axis]
     check_broadcastable(tuple(shape), where=where)
     return jnp.expand_dims(jnp.broadcast_to(where, shape), axis)
+
+
+def _own_class(
+    labels: ArrayLike, logits: ArrayLike, *, axis: int, where: ArrayLike | None
+) -> tuple[Array, Array, Array]:
+    """The labels as distributions, where their most probable class is, and what `where` admits."""
+    q = label_distribution(labels, logits, axis=axis, where=where)
+    classes = q.shape[axis]
+    if classes < 2:
+        raise ValueError(f"logits must have at least two classes, got {classes}")
+    own = jax.nn.one_hot(jnp.argmax(q, axis=axis), classes, axis=axis, dtype=bool)
+    admitted = jnp.ones(q.shape, bool) if where is None else jnp.broadcast_to(where, q.shape)
+    return q, own, admitted

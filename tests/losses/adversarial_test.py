@@ -82,6 +82,32 @@ class NumbersTest(chex.TestCase):
         chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-5)
 
     @chex.variants(with_jit=True, without_jit=True)
+    def test_mart_matches_the_formula(self):
+        def literal(*pair):
+            clean, moved = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in pair)
+            expected = []
+            for p, q, y in zip(clean, moved, labels, strict=True):
+                margin = -np.log(q[y]) - np.log(1 - np.delete(q, y).max())
+                expected.append(margin + 3 * (1 - p[y]) * np.sum(p * np.log(p / q)))
+            return np.array(expected)
+
+        logits, attacked, labels = random_batch()
+        pair = [logits.astype(float), attacked.astype(float)]
+        ours = self.variant(lambda z, a, y: losses.mart_loss(z, a, y, beta=3.0))
+        expected = literal(*pair)
+        np.testing.assert_allclose(ours(logits, attacked, labels), expected, rtol=1e-5)
+        soft = 0.7 * np.eye(5, dtype="f")[labels] + 0.06
+        np.testing.assert_allclose(ours(logits, attacked, soft), expected, rtol=1e-5)
+        slopes = jax.grad(lambda *pair: ours(*pair, labels).sum(), (0, 1))(logits, attacked)
+        for side in range(2):
+            for i, k in ((0, 0), (4, 3), (9, labels[9])):
+                steps = [[x.copy() for x in pair] for _ in range(2)]
+                for step, sign in zip(steps, (1, -1), strict=True):
+                    step[side][i, k] += sign * 1e-5
+                finite = (literal(*steps[0]) - literal(*steps[1])).sum() / 2e-5
+                np.testing.assert_allclose(slopes[side][i, k], finite, rtol=1e-3, atol=1e-4)
+
+    @chex.variants(with_jit=True, without_jit=True)
     def test_smooth_adversarial_loss_matches_the_formula(self):
         logits, attacked, labels = random_batch()
         z, a = logits.astype(float), attacked.astype(float)
@@ -224,6 +250,7 @@ class TestContract:
             "ovr": lambda z, y, **k: losses.one_versus_rest_loss(z, y, **k),
             "margin": lambda z, y, **k: losses.logit_margin(z, y, **k),
             "smooth": lambda z, y, **k: losses.smooth_adversarial_comp_sum_loss(z, 2 * z, y, **k),
+            "mart": lambda z, y, **k: losses.mart_loss(z, 2 * z, y, **k),
         }
         for loss in per_example.values():
             loss = jax.jit(loss, static_argnames="axis")
@@ -250,6 +277,7 @@ class TestContract:
                 jax.value_and_grad(lambda z: f(z).sum())(z)
                 for f in (
                     lambda z: losses.switching_ovr_trades_loss(z, -z, y, fraction=0.5),
+                    lambda z: losses.mart_loss(z, -z, y),
                     lambda z: losses.smooth_adversarial_comp_sum_loss(z, z, y, tau=0.0),
                     lambda z: losses.smooth_adversarial_comp_sum_loss(z, -z, y, tau=2.0),
                 )
@@ -326,6 +354,8 @@ class TestContract:
                 ValueError,
                 "adversarial_logits must have shape",
             ),
+            (lambda z, y: losses.mart_loss(z, z, y, beta=-1.0), ValueError, "beta must be in"),
+            (lambda z, y: losses.mart_loss(z[:, :1], z[:, :1], y), ValueError, "two classes"),
             (
                 lambda z, y: losses.smooth_adversarial_comp_sum_loss(z, z, y, rho=0.0),
                 ValueError,
