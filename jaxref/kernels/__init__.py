@@ -3,6 +3,7 @@
 from jaxref.kernels.flash_attention import flash_attention
 from jaxref.kernels.layer_norm import layer_norm, rms_norm
 from jaxref.kernels.linear_softmax_cross_entropy import linear_softmax_cross_entropy
+from jaxref.kernels.quantized_matmul import quantized_matmul
 from jaxref.kernels.softmax import log_softmax, logsumexp, softmax
 from jaxref.kernels.softmax_cross_entropy import softmax_cross_entropy
 from jaxref.kernels.two_pass_softmax import (
@@ -18,6 +19,7 @@ __all__ = [
     "layer_norm",
     "rms_norm",
     "linear_softmax_cross_entropy",
+    "quantized_matmul",
     "softmax",
     "log_softmax",
     "logsumexp",

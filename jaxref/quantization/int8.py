@@ -4,6 +4,7 @@ Inputs are `[..., in]` and kernels `[in, out]`, as in flax.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxref.core.checks import canonical_axes, check_floating, check_interval
 from jaxref.core.numerics import compute_dtype
+from jaxref.kernels import quantized_matmul
 from jaxref.quantization.tensor import QTensor, QuantSpec
 from jaxref.quantization.uniform import dequantize, quantize
 
@@ -68,26 +70,36 @@ def quantize_rowwise(
     return quantize(x, spec)
 
 
-def int8_matmul(x_q: QTensor, w_q: QTensor, *, dtype: DTypeLike | None = None) -> Array:
+def int8_matmul(
+    x_q: QTensor,
+    w_q: QTensor,
+    *,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> Array:
     r"""The product of a quantized input and a quantized kernel, summed in integers.
 
         y_{t,o} = s_t s_o Σ_h (code_{t,h} - z_t) (code_{h,o} - z_o)
 
-    with one scale s_t per token and one s_o per output (vector-wise quantization), or one for all.
-    The sum is exact, of type int32; nothing is rounded but the two scalings.
+    with one scale s_t per token and one s_o per output (vector-wise quantization), or one for all;
+    if symmetric, also one per block of inputs and output, whose sums are scaled before they are
+    added up. Sums are exact, of type int32; nothing is rounded but the scalings.
 
     Args:
       x_q: a `QTensor` of shape `[..., in]` with scale `[..., 1]`: `quantize_rowwise(x)`.
-      w_q: a `QTensor` of shape `[in, out]` with scale `[1, out]` or `[1, 1]`:
-        `quantize_rowwise(w, axis=0)`. Any number of bits; packed codes are unpacked first.
+      w_q: a `QTensor` of shape `[in, out]` with scale `[1, out]` or `[1, 1]`, such as
+        `quantize_rowwise(w, axis=0)`, or with blocks along axis 0. Any number of bits.
       dtype: floating-point type of the result. Default: the common type of what was quantized.
+      implementation: of `jaxref.kernels.quantized_matmul`, for two symmetric sides; XLA computes
+        with zero points. Default: the best that the platform supports.
 
     Returns:
       y `[..., out]`. Differentiable in the scales, as the product of the dequantized two.
 
     Raises:
-      ValueError: sizes that do not match, scales that vary along the inputs, or so many inputs that
-        int32 may overflow: from 133145 on for two symmetric sides of 8 bits.
+      ValueError: sizes that do not match, scales that vary along the inputs otherwise, zero points
+        beside blocks, or so many inputs (of a block) that int32 may overflow: from 133145 on for
+        two symmetric sides of 8 bits.
       TypeError: arguments that are not `QTensor`s, or a `dtype` that is not floating point.
 
     Use it where both sides are quantized; `llm_int8_matmul` quantizes them itself, and keeps
@@ -111,9 +123,23 @@ def int8_matmul(x_q: QTensor, w_q: QTensor, *, dtype: DTypeLike | None = None) -
     inputs = w_q.shape[0]
     if x_q.scale.shape[-1:] != (1,):
         raise ValueError(f"x_q must have a scale of shape [..., 1], got {x_q.scale.shape}")
-    _check_column_scales(w_q, "w_q")
-    if inputs * _reach(x_q) * _reach(w_q) >= 2**31:
+    if w_q.spec.block_size is None or w_q.spec.axes != (-2,):
+        _check_column_scales(w_q, "w_q")
+    if w_q.spec.block_size is None and inputs * _reach(x_q) * _reach(w_q) >= 2**31:
         raise ValueError(f"x_q must have fewer inputs for a sum in int32, got {inputs}")
+    if x_q.zero_point is None and w_q.zero_point is None:
+        return quantized_matmul(
+            x_q.codes,
+            w_q.values,
+            w_q.scale,
+            x_scale=x_q.scale,
+            bits=w_q.spec.bits,
+            padding=w_q.padding,
+            block_size=w_q.spec.block_size,
+            dtype=dtype,
+            implementation=implementation,
+        )
+    _check_column_scales(w_q, "w_q")
     x_codes, w_codes = x_q.codes, w_q.codes
     total = jnp.matmul(x_codes, w_codes, preferred_element_type=jnp.int32)
     if w_q.zero_point is not None:
@@ -163,6 +189,7 @@ def llm_int8_matmul(
     *,
     threshold: float = 6.0,
     max_outliers: int | None = None,
+    implementation: str | None = None,
 ) -> Array:
     r"""LLM.int8's product: outlier features as they are, everything else in 8 bits.
 
@@ -184,6 +211,8 @@ def llm_int8_matmul(
       max_outliers: static bound on the size of O, for which the features of the largest entries are
         taken; the first sum then is over so many gathered rows. Default: none, with a first sum
         over all features, all but O being 0: exact, but as expensive as the float product.
+      implementation: of `jaxref.kernels.quantized_matmul`, for the integer product. Default: the
+        best that the platform supports.
 
     Returns:
       y `[..., out]` in the type of `x` (the common type with `w`, if an array).
@@ -223,7 +252,7 @@ def llm_int8_matmul(
     if max_outliers is not None:
         check_interval(0, jnp.inf, max_outliers=max_outliers)
     if threshold in (0, math.inf) or max_outliers == 0:
-        return _int8_linear(x, w).astype(dtype)
+        return _int8_linear(x, w, implementation).astype(dtype)
     size = jax.lax.stop_gradient(_feature_size(x))
     if max_outliers is None:
         is_outlier = size >= threshold
@@ -241,7 +270,7 @@ def llm_int8_matmul(
         rows = dequantize(rows, dtype=x.dtype)
     y = jnp.matmul(outliers, rows, preferred_element_type=compute_dtype(x, rows))
     inliers = w if isinstance(w, QTensor) else jnp.where(is_outlier[:, None], 0, w)
-    return (y + _int8_linear(jnp.where(is_outlier, 0, x), inliers)).astype(dtype)
+    return (y + _int8_linear(jnp.where(is_outlier, 0, x), inliers, implementation)).astype(dtype)
 
 
 class OutlierStatistics(NamedTuple):
@@ -323,21 +352,24 @@ def emergent_outlier_statistics(
     return OutlierStatistics(layer_fraction, token_fraction, jnp.max(x, axis=(0, 1)), systematic)
 
 
-@jax.custom_vjp
-def straight_through_matmul(x: Array, w: Array | None, x_q: QTensor, w_q: QTensor) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def straight_through_matmul(
+    x: Array, w: Array | None, x_q: QTensor, w_q: QTensor, implementation: str | None = None
+) -> Array:
     """`int8_matmul(x_q, w_q)`, in the type of the scale, with its gradients passed on to x and w.
 
     That is, those of the product of the dequantized two, also as gradients of x and w. Their codes
     are all that is kept for the backward pass. `w` is None for a kernel that is given quantized.
     """
-    return int8_matmul(x_q, w_q, dtype=x_q.scale.dtype)
+    return int8_matmul(x_q, w_q, dtype=x_q.scale.dtype, implementation=implementation)
 
 
-def _straight_through_forward(x, w, x_q, w_q):
-    return straight_through_matmul(x, w, x_q, w_q), (None if w is None else (), x_q, w_q)
+def _straight_through_forward(x, w, x_q, w_q, implementation):
+    y = straight_through_matmul(x, w, x_q, w_q, implementation)
+    return y, (None if w is None else (), x_q, w_q)
 
 
-def _straight_through_backward(residuals, gradient):
+def _straight_through_backward(_, residuals, gradient):
     latent, x_q, w_q = residuals
     x, to_x_scale = jax.vjp(lambda q: dequantize(q, dtype=gradient.dtype), x_q)
     w, to_w_scale = jax.vjp(lambda q: dequantize(q, dtype=gradient.dtype), w_q)
@@ -353,12 +385,13 @@ def _straight_through_backward(residuals, gradient):
 straight_through_matmul.defvjp(_straight_through_forward, _straight_through_backward)
 
 
-def _int8_linear(x: Array, w: Array | QTensor) -> Array:
+def _int8_linear(x: Array, w: Array | QTensor, implementation: str | None) -> Array:
     """x w with both sides in 8 bits, vector-wise, in at least float32."""
     x_q = quantize_rowwise(jax.lax.stop_gradient(x))
     if isinstance(w, QTensor):
-        return straight_through_matmul(x, None, x_q, w)
-    return straight_through_matmul(x, w, x_q, quantize_rowwise(jax.lax.stop_gradient(w), axis=0))
+        return straight_through_matmul(x, None, x_q, w, implementation)
+    w_q = quantize_rowwise(jax.lax.stop_gradient(w), axis=0)
+    return straight_through_matmul(x, w, x_q, w_q, implementation)
 
 
 def _feature_size(x: ArrayLike) -> Array:
