@@ -17,7 +17,7 @@ from typing import Any
 import jaxref.bench
 from jaxref.core.host import prepare_host
 
-NOT_BENCHES = {"__main__", "ahead_of_time", "harness"}
+NOT_BENCHES = {"__main__", "ahead_of_time", "harness", "tuning"}
 
 
 def benches() -> dict[str, str]:

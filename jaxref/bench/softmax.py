@@ -27,12 +27,10 @@ from jaxref.bench.harness import (
     progress,
     ratios,
 )
-from jaxref.kernels.block_sizes import record_block, trying_block
+from jaxref.bench.tuning import Block, tune
 
 NAME = "softmax"
 PEER = "jax.nn.softmax"
-
-Block = tuple[int, ...]
 
 
 def run(*, quick: bool = False, repeats: int = 30, tune: bool = False) -> Iterator[Measurement]:
@@ -180,10 +178,12 @@ def tuned_rows(
     labels = jax.random.randint(jax.random.key(1), shape[:1], 0, shape[1])
     for name in ("softmax", "log_softmax", "logsumexp", "two_pass_softmax"):
         function = partial(getattr(kernels, name), implementation=implementation)
-        yield from tune(name, shape, function, (x,), candidates or row_tiles(shape), repeats)
+        yield from tune(NAME, name, shape, function, (x,), candidates or row_tiles(shape), repeats)
     function = partial(kernels.softmax_cross_entropy, implementation=implementation)
     candidates = candidates or row_tiles(shape)
-    yield from tune("softmax_cross_entropy", shape, function, (x, labels), candidates, repeats)
+    yield from tune(
+        NAME, "softmax_cross_entropy", shape, function, (x, labels), candidates, repeats
+    )
 
 
 def tuned_attention(
@@ -204,7 +204,7 @@ def tuned_attention(
     sizes = (128, 256, 512, 1024) if jax.default_backend() == "tpu" else (32, 64, 128)
     candidates = candidates or tuple(itertools.product(sizes, sizes))
     step = jax.value_and_grad(total, (0, 1, 2))
-    yield from tune("flash_attention", shape[1:], step, tuple(args), candidates, repeats)
+    yield from tune(NAME, "flash_attention", shape[1:], step, tuple(args), candidates, repeats)
 
 
 def tuned_head(
@@ -231,37 +231,7 @@ def tuned_head(
         candidates = tuple(itertools.product((256, 512, 1024, 2048), (256, 512, 1024)))
     candidates = candidates or tuple(itertools.product((64, 128), (64, 128, 256), (32, 64)))
     step, args = jax.value_and_grad(mean_loss, (0, 1)), (hidden, kernel, labels)
-    yield from tune("linear_softmax_cross_entropy", sizes, step, args, candidates, repeats)
-
-
-def tune(
-    name: str,
-    shape: tuple[int, ...],
-    function: Callable[..., Any],
-    args: tuple[Array, ...],
-    candidates: Sequence[Block],
-    repeats: int,
-) -> Iterator[Measurement]:
-    """Times a function of a kernel with each size of its tiles, and records the best."""
-    times: dict[Block, float] = {}
-    for block in candidates:
-        with trying_block(name, shape, block):
-            try:
-                # a function of its own for every size: jit would take it for the same
-                call = partial(jax.jit(lambda *args: function(*args)), *args)
-                seconds = interleave({name: call}, repeats=repeats)[name]
-            except jax.errors.JaxRuntimeError as error:  # too large for the chip's memory
-                progress(f"{name} in tiles of {block}: {str(error).partition(chr(10))[0]}")
-                continue
-        times[block] = statistics.median(seconds)
-    if not times:
-        raise RuntimeError(f"no tile of {candidates} runs for {name} of {shape}")
-    best = min(times, key=lambda block: times[block])
-    path = record_block(name, shape, best)
-    progress(f"{name} {shape}: tiles of {best}, kept in {path}")
-    for block, median in times.items():
-        case = f"{list(shape)}, tiles of {name}"
-        yield Measurement(NAME, case, " x ".join(map(str, block)), "seconds", median)
+    yield from tune(NAME, "linear_softmax_cross_entropy", sizes, step, args, candidates, repeats)
 
 
 def row_tiles(shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
