@@ -11,7 +11,7 @@ from jax import Array
 from jaxref.core.checks import canonical_axes, check_interval
 from jaxref.quantization.packing import unpack, values_per_byte
 
-FORMATS = ("int",)
+FORMATS = ("int", "float8_e4m3fn", "float8_e5m2")
 GRANULARITIES = ("tensor", "channel", "block")
 
 
@@ -20,9 +20,11 @@ class QuantSpec:
     """How a tensor is quantized: the format of its values and which of them share a scale.
 
     Args:
-      format: "int", the levels `scale (code - zero_point)` of uniform quantization.
-      bits: 2 to 8, the width of a code. Codes of 5 bits and more take a byte each, two codes of 3
-        or 4 bits and four of 2 bits share one. Default 8.
+      format: "int" (default), the levels `scale (code - zero_point)` of uniform quantization; or
+        "float8_e4m3fn" or "float8_e5m2", `scale code` with a code of that type: 4 or 5 bits of
+        exponent, 3 or 2 of mantissa.
+      bits: 2 to 8, the width of a code; 8 for float8. Codes of 5 bits and more take a byte each,
+        two codes of 3 or 4 bits and four of 2 bits share one. Default 8.
       granularity: which entries share a scale. "tensor" (default): all. "channel": those with the
         same index along `axis`, so that (1,) gives every output channel of an `[in, out]` kernel
         its own scale, as `axis` of `torch.quantize_per_channel`. "block": runs of `block_size`
@@ -33,8 +35,9 @@ class QuantSpec:
       block_size: at least 1, for "block" only; 32 to 128 is usual for weights of 4 bits.
       symmetric: True (default) has no zero point and the codes -(2^(b-1) - 1) ... 2^(b-1) - 1: the
         most negative code stays unused, so that x and -x are treated alike, the largest magnitude
-        lies on a level, and an int8 product cannot meet -128 · -128. False fits the range from
-        min(x, 0) to max(x, 0) with all codes -2^(b-1) ... 2^(b-1) - 1 and a zero point.
+        lies on a level, and an int8 product cannot meet -128 · -128. False, for "int" alone, fits
+        the range from min(x, 0) to max(x, 0) with all codes -2^(b-1) ... 2^(b-1) - 1 and a zero
+        point.
 
     Raises:
       ValueError: a value out of its range, or `axis` or `block_size` missing or out of place.
@@ -58,6 +61,11 @@ class QuantSpec:
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {FORMATS}, got {self.format!r}")
         check_interval(2, 8, bits=_check_int("bits", self.bits))
+        if self.format != "int" and (self.bits != 8 or self.symmetric is not True):
+            raise ValueError(
+                f"bits and symmetric must be 8 and True for format {self.format!r}, got "
+                f"{self.bits} and {self.symmetric}"
+            )
         if self.granularity not in GRANULARITIES:
             raise ValueError(
                 f"granularity must be one of {GRANULARITIES}, got {self.granularity!r}"
@@ -90,7 +98,14 @@ class QuantSpec:
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """The smallest and the largest code."""
+        """The smallest and the largest code.
+
+        Raises:
+          ValueError: the codes are floats: methods that choose among equally spaced levels need
+            the format "int".
+        """
+        if self.format != "int":
+            raise ValueError(f"format must be 'int' for codes in a range, got {self.format!r}")
         largest = 2 ** (self.bits - 1) - 1
         return (-largest if self.symmetric else -largest - 1), largest
 
@@ -129,7 +144,7 @@ class QTensor:
     counts its axes from the end, so axes that vmap, `jnp.stack` or scan add in front are fine.
 
     Args:
-      values: the codes: int8 of the tensor's shape, or uint8 packed along the last axis.
+      values: the codes: int8 or float8 of the tensor's shape, or uint8 packed along the last axis.
       scale: in at least float32, positive; the tensor's shape with 1 for axes that share a scale,
         and the number of blocks for the axis in blocks.
       zero_point: int8 of the shape of `scale`, the code that stands for 0; None if symmetric.
@@ -172,5 +187,7 @@ class QTensor:
 
     @property
     def codes(self) -> Array:
-        """The codes as int8 of the tensor's shape, whatever their storage."""
+        """The codes of the tensor's shape, whatever their storage: int8, or float8."""
+        if self.spec.format != "int":
+            return self.values
         return unpack(self.values, self.spec.bits, padding=self.padding)

@@ -1,4 +1,4 @@
-"""Uniform (affine) quantization: round to the nearest of equally spaced levels.
+"""Uniform (affine) quantization: round to the nearest of equally spaced levels, or to float8.
 
 The range comes from the data: the largest magnitude if symmetric, the least and the largest value
 (and 0, which is a level of its own) if not.
@@ -18,7 +18,7 @@ from jaxref.quantization.tensor import QTensor, QuantSpec
 
 
 def quantize(x: ArrayLike, spec: QuantSpec) -> QTensor:
-    r"""Rounds to equally spaced levels, stored as integer codes with a scale per group.
+    r"""Rounds to equally spaced levels (or to float8), stored as codes with a scale per group.
 
     For each group of entries that share a scale s and, if not symmetric, a zero point z,
 
@@ -31,6 +31,10 @@ def quantize(x: ArrayLike, spec: QuantSpec) -> QTensor:
     off by more than s / 2, zeros stay exactly 0, and quantizing the result again gives the same
     codes: all up to the rounding of the floats (which can move a range end that lies half-way
     between two levels, if asymmetric).
+
+    The formats of float8 have the codes x / s of that type instead, with s = max|x| / 448 for
+    e4m3fn and / 57344 for e5m2, their largest numbers: entries far below the largest keep their
+    precision.
 
     Args:
       x: floating point, of any shape; without axes only at 5 bits or more, as codes pack along the
@@ -50,7 +54,9 @@ def quantize(x: ArrayLike, spec: QuantSpec) -> QTensor:
     Symmetric suits weights, and keeps an integer product free of correction terms; asymmetric
     halves the step for one-sided data (activations after ReLU). Blocks bound the reach of an
     outlier to its block, at the price of a scale for each. Call it under jit, where it is one
-    fused pass after the reductions.
+    fused pass after the reductions. A kernel `[in, out]` with `QuantSpec(bits=4,
+    granularity="channel", axis=1)`, one scale for each output, is GLM-130B's quantization for
+    inference: of linear layers' weights alone, rounded to nearest, with 16-bit activations.
 
     Example:
       >>> rows = QuantSpec(bits=4, granularity="channel", axis=0)
@@ -62,12 +68,14 @@ def quantize(x: ArrayLike, spec: QuantSpec) -> QTensor:
       ((2, 2), (2, 1))
 
     Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", 2018, arXiv:1712.05877.
+    Integer-Arithmetic-Only Inference", 2018, arXiv:1712.05877; for weights alone, Zeng et al.,
+    "GLM-130B: An Open Bilingual Pre-trained Model", 2022, arXiv:2210.02414.
     """
     x, spec = _checked(x, spec)
     codes, scale, zero_point = _encode(x, spec)
     padding = -x.shape[-1] % values_per_byte(spec.bits) if x.ndim else 0
-    return QTensor(pack(codes, spec.bits), scale, zero_point, spec, x.dtype, padding)
+    values = pack(codes, spec.bits) if spec.format == "int" else codes
+    return QTensor(values, scale, zero_point, spec, x.dtype, padding)
 
 
 def dequantize(q: QTensor, *, dtype: DTypeLike | None = None) -> Array:
@@ -175,13 +183,18 @@ def _checked(x: ArrayLike, spec: QuantSpec) -> tuple[Array, QuantSpec]:
 
 
 def _encode(x: Array, spec: QuantSpec) -> tuple[Array, Array, Array | None]:
-    """Codes (int8, not packed), scale and zero point.
+    """Codes (not packed), scale and zero point.
 
     With products by reciprocals in place of quotients: XLA makes that change in some programs and
     not in others, and the codes must not depend on what surrounds them.
     """
     x = x.astype(compute_dtype(x))
     smallest = 2.0 * jnp.finfo(x.dtype).tiny  # 4 / scale stays finite
+    if spec.format != "int":
+        largest = float(jnp.finfo(spec.format).max)
+        scale = jnp.maximum((1.0 / largest) * _group_max(jnp.abs(x), spec), smallest)
+        codes = 0.25 * (x * _per_entry(4.0 / scale, x.shape, spec))
+        return jnp.clip(codes, -largest, largest).astype(spec.format), scale, None
     q_min, q_max = spec.code_range
     if spec.symmetric:
         scale = jnp.maximum((1.0 / q_max) * _group_max(jnp.abs(x), spec), smallest)

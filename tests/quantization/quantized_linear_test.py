@@ -45,6 +45,7 @@ FORMATS = {
     "asymmetric blocks": spec(bits=3, granularity="block", axis=0, block_size=20, symmetric=False),
     "per input": spec(granularity="channel", axis=0),
     "blocks of outputs": spec(granularity="block", axis=1, block_size=5),
+    "float8": spec(format="float8_e4m3fn", granularity="block", axis=0, block_size=16),
     "ternary": ternary_weight_quantize,
     "lnq": lambda w: lnq_quantize(w, jnp.eye(len(w)), bits=3),
     "baq": lambda w: baq_quantize(w, jnp.eye(len(w)), 4.0),

@@ -50,6 +50,8 @@ class TestQuantSpec:
         ("arguments", "error", "message"),
         [
             ({"format": "float"}, ValueError, "format must be one of"),
+            ({"format": "float8_e5m2", "bits": 4}, ValueError, "bits and symmetric must be 8 and"),
+            ({"format": "float8_e5m2", "symmetric": False}, ValueError, "bits and symmetric must"),
             ({"bits": 1}, ValueError, r"bits must be in \[2, 8\], got 1"),
             ({"bits": 9}, ValueError, r"bits must be in \[2, 8\], got 9"),
             ({"bits": 4.0}, TypeError, "bits must be an int"),

@@ -226,6 +226,29 @@ def test_finer_granularity_bounds_the_reach_of_outliers():
         assert channel < 0.8 * tensor
 
 
+def test_weights_alone_in_four_bits_with_a_scale_per_output():
+    """GLM-130B's scheme, which it writes for rows of `[out, in]` weights."""
+    rows, levels = random_matrix((7, 18)), np.arange(-7, 8)
+    rows[3] = 0
+    rows[4, :15] = np.float32(0.3 * levels)
+    rows[4, 15:] = 0
+    scale = np.abs(rows.astype(np.float64)).max(1, keepdims=True) / 7
+    scale[3] = 1
+    spec = QuantSpec(bits=4, granularity="channel", axis=1)
+    q = jax.jit(lambda kernel: quantize(kernel, spec))(rows.T)
+    codes = np.asarray(q.codes).T
+    np.testing.assert_array_equal(codes, np.rint(rows / scale))
+    np.testing.assert_array_equal(codes[4, :15], levels)
+    assert q.scale.shape == (1, 7)
+    assert q.values.nbytes == 18 * 4
+    restored = np.asarray(dequantize(q)).T
+    assert np.all(np.abs(restored - rows) <= 0.5001 * scale)
+    assert not restored[3].any()
+    largest = np.abs(rows).argmax(1)[:, None]
+    exact = np.take_along_axis(rows, largest, 1)
+    np.testing.assert_allclose(np.take_along_axis(restored, largest, 1), exact, rtol=2e-7)
+
+
 def test_each_bit_halves_the_step():
     x = random_matrix()
     scales = [float(quantize(x, QuantSpec(bits=b, symmetric=False)).scale[0, 0]) for b in (4, 8)]
@@ -292,3 +315,37 @@ def test_bad_input_is_named():
         dequantize(x)
     with pytest.raises(TypeError, match="dtype must be a floating-point type, got int8"):
         dequantize(quantize(x, spec), dtype=jnp.int8)
+
+
+class TestFloat8:
+    @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+    def test_codes_are_those_of_ml_dtypes_of_scaled_entries(self, name):
+        x = random_matrix((6, 40))
+        kind, finfo = np.dtype(name), jnp.finfo(name)
+        for spec, size in (
+            (QuantSpec(format=name), np.abs(x).max()),
+            (
+                QuantSpec(format=name, granularity="block", axis=1, block_size=8),
+                np.repeat(np.abs(x.reshape(6, 5, 8)).max(-1), 8, axis=1),
+            ),
+        ):
+            q = jax.jit(quantize, static_argnums=1)(x, spec)
+            scale = (size / float(finfo.max)).astype(np.float32)
+            assert q.values.dtype == kind
+            codes = (x / scale).astype(kind)
+            # division and multiplication by the reciprocal round a few to another code
+            assert np.mean(np.asarray(q.codes, "f") == codes.astype("f")) > 0.98
+            np.testing.assert_allclose(
+                dequantize(q), x, rtol=1.01 * float(finfo.eps) / 2, atol=2.0**-9 * np.max(scale)
+            )
+            np.testing.assert_array_equal(fake_quantize(x, spec), dequantize(q))
+
+    def test_zeros_the_largest_number_and_gradients(self):
+        spec = QuantSpec(format="float8_e4m3fn", granularity="channel", axis=0)
+        x = jnp.array([[0.0, 0.0], [3.0, -3.0], [1e38, 1e-38]])
+        np.testing.assert_allclose(dequantize(quantize(x, spec)), x, rtol=1e-6, atol=1e-30)
+        np.testing.assert_array_equal(jax.grad(lambda x: fake_quantize(x, spec).sum())(x), 1)
+
+    def test_methods_of_equally_spaced_levels_refuse_it(self):
+        with pytest.raises(ValueError, match="format must be 'int'"):
+            QuantSpec(format="float8_e5m2").code_range  # noqa: B018
