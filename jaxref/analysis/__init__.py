@@ -14,6 +14,7 @@ from jaxref.analysis.dynamics.diffusion import (
     fit_ultra_slow_diffusion,
     weight_distance,
 )
+from jaxref.analysis.dynamics.loss_spikes import divergence_rate, loss_spike_score
 from jaxref.analysis.dynamics.signal_propagation import (
     SignalPropagation,
     plot_signal_propagation,
@@ -32,6 +33,7 @@ from jaxref.analysis.dynamics.training_stability import (
     log_z,
     max_attention_logit,
 )
+from jaxref.analysis.landscape.logit_sharpness import logit_sharpness
 from jaxref.analysis.representations.similarity import angular_distance
 from jaxref.analysis.scaling_laws.intersection import ScalingIntersection, scaling_intersection
 
@@ -61,4 +63,7 @@ __all__ = [
     "feature_response",
     "FeatureResponse",
     "starved_response",
+    "loss_spike_score",
+    "divergence_rate",
+    "logit_sharpness",
 ]

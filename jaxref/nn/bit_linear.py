@@ -67,21 +67,12 @@ class BitLinear(Linear):
         """The kernel that is used, in the type to compute in."""
         return dequantize(self.quantized_kernel(), dtype=self.dtype or self.kernel.dtype)
 
-    def __call__(self, x: Array) -> Array:
-        """Maps `[..., *in_features]` to `[..., *out_features]`."""
-        num_inputs = len(self.in_features)
-        if x.shape[-num_inputs:] != self.in_features:
-            sizes = ", ".join(map(str, self.in_features))
-            raise ValueError(f"x must have shape [..., {sizes}], got {tuple(x.shape)}")
-        dtype = self.dtype or self.kernel.dtype
-        kernel = self._kernel_by_output()
-        y = bit_linear(
-            x.astype(dtype).reshape(-1, kernel.shape[0]),  # one flat product, as in `Linear`
-            kernel,
+    def _product(self, rows: Array) -> Array:
+        return bit_linear(
+            rows,
+            self._kernel_by_output(),
             scale=self.scale,
             activation_bits=self.activation_bits,
             norm=self.norm,
             epsilon=self.epsilon,
         )
-        y = y.astype(dtype).reshape(x.shape[: x.ndim - num_inputs] + self.out_features)
-        return y if self.bias is None else y + self.bias[...].astype(dtype)

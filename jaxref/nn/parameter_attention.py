@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxref.attention import grow_parameter_tokens, parameter_attention
 from jaxref.attention.parameter_attention import Normalization, parameter_attention_scale
 from jaxref.core.checks import check_interval
-from jaxref.nn.linear import _as_tuple
+from jaxref.nn.linear import _as_rows, _as_tuple
 
 
 class ParameterAttention(nnx.Module):
@@ -100,23 +100,18 @@ class ParameterAttention(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps `[..., *in_features]` to `[..., *out_features]`."""
-        num_inputs = len(self.in_features)
-        if x.shape[-num_inputs:] != self.in_features:
-            sizes = ", ".join(map(str, self.in_features))
-            raise ValueError(f"x must have shape [..., {sizes}], got {tuple(x.shape)}")
         dtype = self.dtype or self.key_tokens.dtype
-        leading = x.shape[: x.ndim - num_inputs]
         keys, values = (
             tokens[...].astype(dtype) for tokens in (self.key_tokens, self.value_tokens)
         )
         y = parameter_attention(
-            x.astype(dtype).reshape(-1, math.prod(self.in_features)),
+            _as_rows(x.astype(dtype), self.in_features),
             keys.reshape(len(keys), -1),
             values.reshape(len(values), -1),
             normalization=self.normalization,
             scale=self.scale,
         )
-        return y.reshape(leading + self.out_features)
+        return y.reshape(x.shape[: x.ndim - len(self.in_features)] + self.out_features)
 
     def grow(self, extra: int, *, value_std: float = 0.02, rngs: nnx.Rngs) -> None:
         """Adds `extra` tokens, with keys of 0, which leave the outputs as they are.

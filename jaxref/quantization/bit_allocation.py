@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxref.core.checks import check_broadcastable, check_floating, check_interval
 from jaxref.core.numerics import compute_dtype
 from jaxref.quantization.gptq import (
-    checked_layer,
+    checked_with_hessian,
     inverse_factor,
     nan_unless_finite,
     round_with_feedback,
@@ -188,7 +188,7 @@ def hessian_sensitivity(weight: ArrayLike, hessian: ArrayLike, *, damping: float
     Reference: Zhang et al., "BAQ: Efficient Bit Allocation Quantization for Large Language Models",
     2025, arXiv:2506.05664.
     """
-    weight, hessian = checked_layer(weight, hessian)
+    weight, hessian = checked_with_hessian(weight, hessian)
     factor, dead = inverse_factor(hessian, damping)
     weight = jnp.where(dead[:, None], 0, weight.astype(jnp.result_type(weight, factor)))
     low, high = _ranges(weight)
@@ -284,7 +284,7 @@ def baq_quantize(
     """
     check_interval(0, 16, closed="right", mean_bits=mean_bits)
     check_interval(0, jnp.inf, closed="right", exponent=exponent)
-    weight, hessian = checked_layer(weight, hessian)
+    weight, hessian = checked_with_hessian(weight, hessian)
     factor, dead = inverse_factor(hessian, damping)
     codes, levels, low, high = _baq(weight, factor, dead, mean_bits, exponent)
     return BAQTensor(codes, levels, low, high, weight.dtype)

@@ -187,7 +187,7 @@ def gptq_quantize(
     if not isinstance(spec, QuantSpec):
         raise TypeError(f"spec must be a QuantSpec, got {type(spec).__name__}")
     spec = spec.resolve(2)
-    weight, hessian = checked_layer(weight, hessian)
+    weight, hessian = checked_with_hessian(weight, hessian)
     order = jnp.argsort(-jnp.diagonal(hessian)) if activation_order else None
     factor, dead = inverse_factor(hessian, damping, order=order)
     codes, scale, zero_point = _gptq(
@@ -197,10 +197,10 @@ def gptq_quantize(
     return QTensor(pack(codes, spec.bits), scale, zero_point, spec, weight.dtype, padding)
 
 
-def checked_layer(weight: ArrayLike, hessian: ArrayLike) -> tuple[Array, Array]:
+def checked_with_hessian(weight: ArrayLike, hessian: ArrayLike) -> tuple[Array, Array]:
     """A kernel `[in, out]` and the Hessian `[in, in]` of its inputs as arrays, both finite.
 
-    >>> checked_layer(jnp.ones((3, 2)), jnp.eye(2))
+    >>> checked_with_hessian(jnp.ones((3, 2)), jnp.eye(2))
     Traceback (most recent call last):
       ...
     ValueError: hessian must have shape (3, 3), got (2, 2)

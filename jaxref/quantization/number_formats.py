@@ -1,6 +1,7 @@
 """Floating-point formats of any number of exponent and mantissa bits, simulated."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,9 @@ def quantize_float(
       TypeError: `x` is not floating point, or bits that are not integers.
 
     Use it to study a format, or to train with one in simulation, as in the paper: on inputs and
-    weights of linear layers, in the products of the forward and of the backward pass. `quantize`
-    is for equally spaced levels, and stores codes.
+    weights of linear layers, in the products of the forward and of the backward pass, which
+    `reduced_precision_dot` does with one scale per tensor or none. `quantize` is for equally spaced
+    levels, and stores codes.
 
     Example:
       >>> x = jnp.array([0.2, 0.3, 1.2, 2.4, 5.1, 9.0])
@@ -72,17 +74,21 @@ def quantize_float(
     """
     x = jnp.asarray(x)
     check_floating(x=x)
-    for name, bits in (("exponent_bits", exponent_bits), ("mantissa_bits", mantissa_bits)):
-        if isinstance(bits, bool) or not isinstance(bits, int):
-            raise TypeError(f"{name} must be an int, got {bits!r}")
-    check_interval(0, 8, exponent_bits=exponent_bits)
-    check_interval(0 if exponent_bits else 1, 23, mantissa_bits=mantissa_bits)
+    _check_bits(0, 8, exponent_bits=exponent_bits)
+    _check_bits(0 if exponent_bits else 1, 23, mantissa_bits=mantissa_bits)
     spec = None
     if block_size is not None:
         spec = QuantSpec(granularity="block", axis=axis, block_size=block_size).resolve(x.ndim)
     if not isinstance(x, jax.core.Tracer) and not jnp.all(jnp.isfinite(x)):
         raise ValueError("x must be finite, got NaN or infinite entries")
     return _quantize_float(x, exponent_bits, mantissa_bits, spec)
+
+
+def _check_bits(low: int, high: int, **bits: Any) -> None:
+    for name, value in bits.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+    check_interval(low, high, **bits)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))

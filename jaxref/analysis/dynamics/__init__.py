@@ -14,6 +14,7 @@ from jaxref.analysis.dynamics.diffusion import (
     fit_ultra_slow_diffusion,
     weight_distance,
 )
+from jaxref.analysis.dynamics.loss_spikes import divergence_rate, loss_spike_score
 from jaxref.analysis.dynamics.signal_propagation import (
     SignalPropagation,
     plot_signal_propagation,
@@ -46,4 +47,6 @@ __all__ = [
     "weight_distance",
     "UltraSlowDiffusion",
     "fit_ultra_slow_diffusion",
+    "loss_spike_score",
+    "divergence_rate",
 ]
