@@ -26,6 +26,7 @@ from jaxref.quantization.bit_allocation import (
     hessian_sensitivity,
     optimal_bit_allocation,
 )
+from jaxref.quantization.block_reconstruction import GenieBlock, genie_block, genie_reconstruct
 from jaxref.quantization.cross_layer import (
     BlockRanges,
     activation_entropy,
@@ -67,6 +68,15 @@ from jaxref.quantization.fixed_point import (
     gradient_diversity,
     push_down,
     push_up,
+)
+from jaxref.quantization.generated_data import genie_distill, swing_convolution_inputs
+from jaxref.quantization.genie import (
+    GenieActivation,
+    GenieWeight,
+    genie_activation_quantizer_init,
+    genie_quantize,
+    genie_soft_weight,
+    genie_weight_quantizer_init,
 )
 from jaxref.quantization.gptq import (
     HessianState,
@@ -122,6 +132,7 @@ from jaxref.quantization.ostquant import (
     range_fake_quantize,
 )
 from jaxref.quantization.packing import pack, unpack
+from jaxref.quantization.pareto import ParetoAllocation, pareto_bit_allocation
 from jaxref.quantization.power import (
     PowerTensor,
     power_dequantize,
@@ -167,6 +178,13 @@ from jaxref.quantization.quantization_aware import (
     statistical_weight_codes,
     statistical_weight_quantize,
 )
+from jaxref.quantization.quantized_linear import dequantize_kernel, quantized_linear
+from jaxref.quantization.reduced_precision import (
+    clip_exponent_range,
+    mask_mantissa_bits,
+    reduced_precision_dot,
+    simulate_float,
+)
 from jaxref.quantization.rotation import (
     StiefelAdamState,
     cayley_update,
@@ -193,12 +211,21 @@ from jaxref.quantization.ternary import (
     unpack_trits,
 )
 from jaxref.quantization.uniform import dequantize, fake_quantize, quantize
+from jaxref.quantization.zero_shot import (
+    DistilledData,
+    activation_ranges,
+    batch_norm_statistics_loss,
+    distilled_data,
+    quantization_sensitivity,
+)
 
 __all__ = [
     "QTensor",
     "QuantSpec",
     "quantize",
     "dequantize",
+    "dequantize_kernel",
+    "quantized_linear",
     "fake_quantize",
     "pack",
     "unpack",
@@ -347,4 +374,26 @@ __all__ = [
     "predict_accuracy",
     "BitSearch",
     "evolutionary_bit_search",
+    "batch_norm_statistics_loss",
+    "DistilledData",
+    "distilled_data",
+    "activation_ranges",
+    "quantization_sensitivity",
+    "ParetoAllocation",
+    "pareto_bit_allocation",
+    "swing_convolution_inputs",
+    "genie_distill",
+    "GenieWeight",
+    "GenieActivation",
+    "genie_weight_quantizer_init",
+    "genie_soft_weight",
+    "genie_quantize",
+    "genie_activation_quantizer_init",
+    "GenieBlock",
+    "genie_block",
+    "genie_reconstruct",
+    "mask_mantissa_bits",
+    "clip_exponent_range",
+    "simulate_float",
+    "reduced_precision_dot",
 ]
