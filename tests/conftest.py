@@ -25,7 +25,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 _tests = itertools.count(1)
 QUICK_ROOMS = (
     "adaptation", "analysis", "attention", "bench", "core", "data", "decision", "losses", "metrics",
-    "models", "nn", "norms", "optimizers", "parallel", "quantization",
+    "models", "nn", "norms", "optimizers", "parallel", "quantization", "train",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from jaxref.nn.activations import (
 )
 from jaxref.nn.attention import MultiHeadAttention
 from jaxref.nn.bit_linear import BitLinear
+from jaxref.nn.calibration import called_linears, collect_hessians, collect_inputs
 from jaxref.nn.conv import (
     Conv,
     ScaledWeightStandardizedConv,
@@ -56,6 +57,7 @@ from jaxref.nn.mlp import MLP, ScaledFusedMLP
 from jaxref.nn.normalization import Norm
 from jaxref.nn.parameter_attention import ParameterAttention
 from jaxref.nn.point_grid import PointGridBlock
+from jaxref.nn.quantized_linear import QuantizedLinear, QuantizedWeight, quantize_linears
 from jaxref.nn.quasi_lstm import QuasiLSTM, QuasiLSTMBlock, quasi_lstm
 from jaxref.nn.recurrent import (
     LayerNormGRUCell,
@@ -65,6 +67,7 @@ from jaxref.nn.recurrent import (
     layer_norm_gru_cell,
     layer_norm_lstm_cell,
 )
+from jaxref.nn.reduced_precision_linear import ReducedPrecisionLinear
 from jaxref.nn.region import RegionNormBasic, RegionNormLearnable
 from jaxref.nn.reparametrized import (
     ScaledWeightStandardizedLinear,
@@ -154,4 +157,11 @@ __all__ = [
     "FeatureTransformer",
     "InputConvexNetwork",
     "BitLinear",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "quantize_linears",
+    "collect_hessians",
+    "collect_inputs",
+    "called_linears",
+    "ReducedPrecisionLinear",
 ]

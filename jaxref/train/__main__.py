@@ -2,9 +2,11 @@
 Python's standard library.
 
 Modes
-  train   (default) trains, continuing from the newest checkpoint of the working directory
-  eval    prints the validation loss of the newest checkpoint, and of images the accuracy
-  sample  prints text from the newest checkpoint
+  train     (default) trains, continuing from the newest checkpoint of the working directory
+  eval      prints the validation loss of the newest checkpoint, and of images the accuracy
+  sample    prints text from the newest checkpoint
+  quantize  writes the newest checkpoint's model with linear layers in few bits, and prints what
+            that did; eval and sample run it when they are given the same --config.quantize.*
 
 Configuration
   --config=FILE.py             a Python file with get_config(), one's own or one that comes with the
@@ -22,6 +24,10 @@ Configuration
   --config.sample.prompt=TEXT  what a sample continues; also sample.length, and how it is drawn:
                                sample.temperature, sample.top_k, sample.top_p, and what the model
                                remembers: sample.cache, full or staircase
+  --config.quantize.method=NAME  round_to_nearest, int8, llm_int8, float8, gptq, baq, lnq,
+                               pyramid, adaptive_rounding, power, nupes or ternary; how many bits,
+                               and inputs to a scale: quantize.bits, quantize.block_size (0: all);
+                               and quantize.low_rank makes up for the error
   --config.mesh.fsdp=N         devices to shard parameters over; also mesh.data, mesh.tensor
 
 Examples
@@ -29,6 +35,8 @@ Examples
   python -m jaxref.train --config.steps=2000 --config.optimizer.name=lion_k
   python -m jaxref.train --config.data.name='text:~/notes/**/*.md' --workdir=runs/notes
   python -m jaxref.train --mode=sample --workdir=runs/notes --config.sample.prompt='# '
+  python -m jaxref.train --mode=quantize --workdir=runs/notes --config.quantize.method=gptq
+  python -m jaxref.train --mode=eval --workdir=runs/notes --config.quantize.method=gptq
   python -m jaxref.train --config=configs/digits.py
   python -m jaxref.train --config=configs/digits.py --config.data.name=images:~/fashion-mnist
 """
@@ -49,7 +57,7 @@ _WORKDIR = flags.DEFINE_string(
     "Directory of the run: configuration, metrics, checkpoints, pictures, sample. Default: one for "
     "each configuration, under ./runs.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "quantize"], "What to do.")
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file that defines get_config(). Single keys: --config.KEY=VALUE."
 )
@@ -80,7 +88,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(overrides: list[str]) -> None:
     """Does what the flags ask for, with the configuration's keys in `overrides` changed."""
-    from jaxref.train import loop
+    from jaxref.train import loop, quantize
     from jaxref.train.config import from_json, load_config, with_overrides
 
     if _MODE.value == "train":
@@ -92,7 +100,8 @@ def main(overrides: list[str]) -> None:
     if not saved.is_file():
         raise FileNotFoundError(f"{workdir} is not the working directory of a run")
     config = with_overrides(from_json(saved.read_text()), overrides)
-    {"eval": loop.evaluate, "sample": loop.print_sample}[_MODE.value](config, workdir)
+    modes = {"eval": loop.evaluate, "sample": loop.print_sample, "quantize": quantize.quantize}
+    modes[_MODE.value](config, workdir)
 
 
 def _workdir(config: Any) -> Path:

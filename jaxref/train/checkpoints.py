@@ -2,7 +2,8 @@
 
 A checkpoint is one directory named by its step, with three items that appear together or not at
 all: the `state` (any pytree of arrays), the `iterator` of the input pipeline, one file a process,
-and a `manifest` with the run's configuration and the fingerprints by which damage is found.
+where there is one, and a `manifest` with the run's configuration and the fingerprints by which
+damage is found.
 """
 
 import json
@@ -79,7 +80,7 @@ class Checkpoints:
         self,
         step: int,
         state: Any,
-        iterator: DatasetIterator,
+        iterator: DatasetIterator | None = None,
         *,
         config: Mapping[str, Any],
         blocking: bool = False,
@@ -93,7 +94,8 @@ class Checkpoints:
         Args:
           step: number of the checkpoint, greater than those of all checkpoints that exist.
           state: pytree of jax arrays of any sharding, typed PRNG keys included.
-          iterator: the input pipeline, at the batch that follows `step`.
+          iterator: the input pipeline, at the batch that follows `step`. Default: none, for what
+            is not trained on.
           config: what the run was started with; anything that JSON can hold.
           blocking: wait until the checkpoint is complete. Default False.
 
@@ -114,16 +116,21 @@ class Checkpoints:
         content = {
             "config": config,
             "leaves": _inventory(state),
-            "iterator": process_allgather(_iterator_fingerprint(iterator)).reshape(-1).tolist(),
+            "iterator": None,
         }
+        items: dict[str, Any] = {}
+        if iterator is not None:
+            fingerprints = process_allgather(_iterator_fingerprint(iterator))
+            content["iterator"] = fingerprints.reshape(-1).tolist()
+            items["iterator"] = CheckpointSave(iterator)
         self._saving = step
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    iterator=CheckpointSave(iterator),
                     manifest=ocp.args.JsonSave({"crc32": _crc32(content), "content": content}),
+                    **items,
                 ),
                 force=True,
             )
@@ -151,7 +158,9 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def restore(self, abstract_state: Any, iterator: DatasetIterator) -> tuple[Any, int] | None:
+    def restore(
+        self, abstract_state: Any, iterator: DatasetIterator | None = None
+    ) -> tuple[Any, int] | None:
         """Reads the newest checkpoint that is intact.
 
         A checkpoint is intact when the fingerprint of every array, the iterator's and the
@@ -163,8 +172,10 @@ class Checkpoints:
         Args:
           abstract_state: pytree like the saved state, with `jax.ShapeDtypeStruct` leaves (or
             arrays) whose `sharding` says where each array goes; it need not be the sharding that
-            was saved. A leaf without one goes to the first local device.
-          iterator: an iterator over the same pipeline; set to where the saved one was.
+            was saved. A leaf without one goes to the first local device. Or a function that makes
+            the pytree from the `config` that was saved.
+          iterator: an iterator over the same pipeline; set to where the saved one was. Default:
+            none, where none was saved.
 
         Returns:
           (state, step), or None when the directory has never had a checkpoint.
@@ -172,10 +183,10 @@ class Checkpoints:
         Raises:
           CheckpointError: there are checkpoints, and none is intact. They stay where they are.
           ValueError: the newest checkpoint is of another state: the message lists the arrays; or
-            of a run with another number of processes.
+            of a run with another number of processes, or with an iterator and you have none, or the
+            other way round.
         """
         self.wait()
-        abstract_state = jax.tree.map(_with_sharding, abstract_state)
         damaged: dict[int, str] = {}
         for step in reversed(self.all_steps()):
             state, problem = self._read(step, abstract_state, iterator)
@@ -196,7 +207,7 @@ class Checkpoints:
         return None
 
     def _read(
-        self, step: int, abstract_state: Any, iterator: DatasetIterator
+        self, step: int, abstract_state: Any, iterator: DatasetIterator | None
     ) -> tuple[Any, str | None]:
         """The state at `step`, and what is wrong with it (None when it is intact)."""
 
@@ -216,21 +227,32 @@ class Checkpoints:
         content = restored["manifest"].get("content")
         if content is None or restored["manifest"].get("crc32") != _crc32(content):
             return None, "the manifest is not what was written"
-        self._check_same_run(step, content, abstract_state)
-        restored, problem = read(
-            state=ocp.args.StandardRestore(abstract_state), iterator=CheckpointRestore(iterator)
-        )
+        if callable(abstract_state):
+            abstract_state = abstract_state(content["config"])
+        abstract_state = jax.tree.map(_with_sharding, abstract_state)
+        self._check_same_run(step, content, abstract_state, iterator)
+        items = {} if iterator is None else {"iterator": CheckpointRestore(iterator)}
+        restored, problem = read(state=ocp.args.StandardRestore(abstract_state), **items)
         if problem is not None:
             return None, problem
         state = restored["state"]
         found = _inventory(state)
         changed = [name for name, leaf in content["leaves"].items() if found[name] != leaf]
-        if _iterator_fingerprint(iterator) != content["iterator"][jax.process_index()]:
+        if (
+            iterator is not None
+            and _iterator_fingerprint(iterator) != content["iterator"][jax.process_index()]
+        ):
             changed.append("the input pipeline's position")
         problem = f"not what was written: {', '.join(changed)}" if changed else None
         return state, _first_of_any_process(problem)
 
-    def _check_same_run(self, step: int, content: dict[str, Any], abstract_state: Any) -> None:
+    def _check_same_run(
+        self,
+        step: int,
+        content: dict[str, Any],
+        abstract_state: Any,
+        iterator: DatasetIterator | None,
+    ) -> None:
         saved = {
             name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in content["leaves"].items()
         }
@@ -250,7 +272,12 @@ class Checkpoints:
                 + "\n  ".join(different[:20])
                 + ("\n  ..." if len(different) > 20 else "")
             )
-        if len(content["iterator"]) != jax.process_count():
+        if (content["iterator"] is None) != (iterator is None):
+            has, given = ("no", "one") if content["iterator"] is None else ("an", "none")
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} has {has} iterator, you gave {given}"
+            )
+        if iterator is not None and len(content["iterator"]) != jax.process_count():
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} is of a run with "
                 f"{len(content['iterator'])} processes, this one has {jax.process_count()}"

@@ -48,6 +48,7 @@ FREE_KEYS = (
     "keep_checkpoints",
     "max_nonfinite_steps",
     "sample",
+    "quantize",
 )
 """What may change when a run is resumed: it has no part in the parameters that come out."""
 
@@ -127,7 +128,7 @@ def resolve(
         for key in keywords:
             if key not in parameters:
                 raise ConfigError(
-                    f"{section}.name={name} takes no argument {key!r}{_near(key, parameters)}"
+                    f"{section}.name={name} takes no argument {key!r}{near(key, parameters)}"
                 )
     for key, value in keywords.items():
         if isinstance(value, ConfigDict):
@@ -142,13 +143,21 @@ def resolve(
 def from_json(text: str) -> ConfigDict:
     """The configuration that `config.json` of a working directory holds.
 
+    Sections of `FREE_KEYS` that it does not have, being older, are the main job's.
+
     Raises:
       ConfigError: the text is not valid JSON.
     """
+    from jaxref.train.configs.default import get_config
+
     try:
-        return ConfigDict(json.loads(text))
+        config = ConfigDict(json.loads(text))
     except ValueError as error:
         raise ConfigError(f"config.json of the workdir is not valid JSON: {error}") from error
+    for key, value in get_config().items():
+        if key in FREE_KEYS and key not in config:
+            config[key] = value
+    return config
 
 
 def _lookup(name: str | None, section: str) -> Callable[..., Any]:
@@ -160,7 +169,7 @@ def _lookup(name: str | None, section: str) -> Callable[..., Any]:
             return getattr(module, str(name))
         candidates += [n for n in public if callable(getattr(module, n))]
     rooms = " or ".join(ROOMS[section])
-    raise ConfigError(f"{section}.name: {rooms} has no {name!r}{_near(str(name), candidates)}")
+    raise ConfigError(f"{section}.name: {rooms} has no {name!r}{near(str(name), candidates)}")
 
 
 def _section(config: ConfigDict, dotted: str) -> ConfigDict:
@@ -242,7 +251,7 @@ def _merge(config: ConfigDict, changes: dict[str, Any], prefix: str) -> None:
         dotted = prefix + key
         if key not in config:
             if not component:
-                raise ConfigError(f"unknown configuration key {dotted!r}{_near(key, config)}")
+                raise ConfigError(f"unknown configuration key {dotted!r}{near(key, config)}")
             config[key] = _read(value, None, component)
             continue
         value = _read(value, config[key], component)
@@ -270,7 +279,12 @@ def _like(default: Any, value: Any, dotted: str, component: bool) -> Any:
     return value
 
 
-def _near(name: str, candidates: Iterable[str]) -> str:
+def near(name: str, candidates: Iterable[str]) -> str:
+    """What to add to an error about a name that does not exist.
+
+    >>> near("gtpq", ["gptq", "lnq"])
+    '; did you mean gptq?'
+    """
     candidates = list(candidates)
     close = difflib.get_close_matches(name, candidates, n=5, cutoff=0.5)
     longer = [c for c in candidates if name.lower() in c.lower() and c not in close]

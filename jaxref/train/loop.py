@@ -23,6 +23,7 @@ from jaxref.train.config import FREE_KEYS, ConfigError
 from jaxref.train.data import Corpus, load_corpus
 from jaxref.train.images import ImageSet, load_images
 from jaxref.train.program import Batch, Program, TrainState, build, class_logits
+from jaxref.train.quantized import directory, load_quantized, run_quantized
 from jaxref.train.records import (
     Records,
     check_config,
@@ -68,7 +69,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     validation = Validation(config, data, program)
     batches = training_batches(config, data)
     if isinstance(data, Corpus):  # what is wrong should show now, not after the training
-        _prompt(config, data)
+        prompt_tokens(config, data)
         _check_generates(config, program)
     workdir = open_workdir(workdir)
     check_config(workdir, config.to_dict(), free=FREE_KEYS)
@@ -104,31 +105,43 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> None:
-    """Prints the validation loss, and of images the accuracy, of a directory's newest checkpoint.
+    """Prints the validation loss, and of images the accuracy, of a directory's newest checkpoint;
+    or where `quantize.method` is set of the quantized model that the section describes.
 
     Raises:
+      ConfigError: the section `quantize` describes none.
       CheckpointError: there is no checkpoint that can be read.
     """
     data = load(config)
-    program = build_program(config, data)
+    program, state, name = _trained(config, data, workdir)
     validation = Validation(config, data, program)
-    state, step = restore(config, data, program, workdir)
-    print(f"Step {step}: validation {validation.describe(**validation.measure(state))}")
+    print(f"{name}: validation {validation.describe(**validation.measure(state))}")
 
 
 def print_sample(config: ConfigDict, workdir: Path) -> None:
-    """Prints a sample from the newest checkpoint in a working directory.
+    """Prints a sample from the newest checkpoint in a working directory; or from a quantized model,
+    as for `evaluate`.
 
     Raises:
-      ConfigError: the run is one on images.
+      ConfigError: the run is one on images, or the section `quantize` describes no model.
       CheckpointError: there is no checkpoint that can be read.
     """
     data = load(config)
     if not isinstance(data, Corpus):
         raise ConfigError(f"--mode=sample is for text, and data.name={config.data.name} is images")
-    program = build_program(config, data)
-    state, _ = restore(config, data, program, workdir)
+    program, state, _ = _trained(config, data, workdir)
     print(_sampled_text(config, data, program, state))
+
+
+def _trained(config: ConfigDict, data: Data, workdir: Path) -> tuple[Program, TrainState, str]:
+    """What evaluates and samples: a program, its state, and what to call it."""
+    program = build_program(config, data)
+    if not config.quantize.method:
+        state, step = restore(config, data, program, workdir)
+        return program, state, f"Step {step}"
+    path = directory(workdir, config.quantize)
+    model, step = load_quantized(path, program)
+    return *run_quantized(program, model, step), f"Step {step}, {path.name}"
 
 
 def restore(
@@ -378,7 +391,7 @@ def _save_predictions(data: ImageSet, program: Program, state: TrainState, workd
     return save_prediction_plot(workdir, images, labels, predicted)
 
 
-def _prompt(config: ConfigDict, corpus: Corpus) -> np.ndarray:
+def prompt_tokens(config: ConfigDict, corpus: Corpus) -> np.ndarray:
     """The ids of the tokens that a sample continues."""
     options = config.sample
     if corpus.is_bytes:
@@ -418,7 +431,7 @@ def _sampled_text(config: ConfigDict, corpus: Corpus, program: Program, state: T
     params = state.params if state.average is None else state.average
     tokens = sample(
         program.model(params, state.model_state),
-        _prompt(config, corpus),
+        prompt_tokens(config, corpus),
         length=options.length,
         key=jax.random.key(options.seed),
         **_choices(options),

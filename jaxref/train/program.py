@@ -280,7 +280,7 @@ def build(
         jax.eval_shape(init, jax.random.key(0)), variables, method, mesh
     )
     batch_sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    traced = partial(_within, mesh)
+    traced = partial(within, mesh)
     step = make_step(problem, method, average_decay=config.average_decay)
     replicated = NamedSharding(mesh, PartitionSpec())
     measure = jax.jit(
@@ -606,7 +606,7 @@ def _state_shardings(
     )
 
 
-def _within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, traced with the activations' sharding rules in force."""
 
     @wraps(function)

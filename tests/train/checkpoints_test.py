@@ -24,6 +24,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import jaxref
 from jaxref.train.checkpoints import CheckpointError, Checkpoints, _crc32, _fingerprint
 
+# Runs are compared bit for bit with those of other processes.
+pytestmark = pytest.mark.optimized
+
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 CONFIG = {"model": {"width": 4}, "rate": 0.1, "axes": ["data", None]}
 
@@ -235,6 +238,23 @@ class TestSharding:
             restored, _ = checkpoints.restore(state, batches())
         assert_same_bits(restored, state)
         assert restored["single"].devices() == {jax.devices()[5]}
+
+
+def test_without_an_iterator_and_with_a_state_that_the_configuration_describes(tmp_path):
+    x = jnp.arange(3.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": x}, config={"size": 3})
+        asked = []
+
+        def described(config):
+            asked.append(config)
+            return {"x": jax.ShapeDtypeStruct((config["size"],), jnp.float32)}
+
+        restored, step = checkpoints.restore(described)
+        assert (step, asked) == (1, [{"size": 3}])
+        assert_same_bits(restored, {"x": x})
+        with pytest.raises(ValueError, match="has no iterator, you gave one"):
+            checkpoints.restore({"x": x}, batches())
 
 
 class TestDonation:
@@ -500,6 +520,13 @@ class TestErrors:
         assert "opt_state" not in text
         assert not warnings
         assert sorted(p.name for p in copy.iterdir()) == ["2", "4", "6"]
+
+    def test_an_iterator_is_asked_for(self, trained, copy):
+        with (
+            Checkpoints(copy) as checkpoints,
+            pytest.raises(ValueError, match="has an iterator, you gave none"),
+        ):
+            checkpoints.restore(abstract(trained[1][6]))
 
     def test_another_number_of_processes(self, trained, copy):
         file = copy / "6" / "manifest" / "metadata"

@@ -22,6 +22,9 @@ from jaxref.train.checkpoints import CheckpointError
 from jaxref.train.config import ConfigError
 from jaxref.train.records import read_metrics
 
+# Runs are compared bit for bit with those of fixtures and of other processes.
+pytestmark = pytest.mark.optimized
+
 # Everything that has a state: accumulation, keys, average, moments.
 OVERRIDES = ("model.dropout=0.1", "accumulate=2", "average_decay=0.9", "seed=3")
 

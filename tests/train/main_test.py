@@ -77,6 +77,20 @@ class TestModes:
         other = call("--mode=sample", f"--workdir={workdir}", "--config.sample.prompt=1e3 ")[1]
         assert other.startswith("1e3 ")
 
+        in_4_bits = ("--config.quantize.method=round_to_nearest", "--config.quantize.bits=4")
+        code, out = call("--mode=quantize", f"--workdir={workdir}", *in_4_bits)
+        row = re.search(r"round_to_nearest-4bit +\d.* (\d+\.\d+) -> (\d+\.\d+) ", out)
+        assert not code
+        assert float(row[1]) == pytest.approx(final, abs=1e-4)
+        code, out = call("--mode=eval", f"--workdir={workdir}", *in_4_bits)
+        validated = re.match(r"Step 12, round_to_nearest-4bit: validation (\d+\.\d+) nats / ", out)
+        assert not code
+        assert float(validated[1]) == pytest.approx(float(row[2]), abs=1e-3)
+        assert call("--mode=sample", f"--workdir={workdir}", *in_4_bits)[1].startswith("the ")
+        code, _ = call("--mode=eval", f"--workdir={workdir}", "--config.quantize.method=int8")
+        assert code.startswith("CheckpointError: ")
+        assert "no quantized model int8-8bit, but round_to_nearest-4bit" in code
+
     def test_default_workdir_is_found_again_by_the_same_flags(
         self, call, arguments, tmp_path, monkeypatch
     ):
@@ -225,7 +239,10 @@ class TestErrors:
         ("argv", "message"),
         [
             (["--config.stps=3"], "ConfigError: unknown configuration key 'stps'; did you mean"),
-            (["--mode=fly"], "flag --mode=fly: value should be one of <train|eval|sample>"),
+            (
+                ["--mode=fly"],
+                "flag --mode=fly: value should be one of <train|eval|sample|quantize>",
+            ),
             (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ],
     )
@@ -251,7 +268,7 @@ class TestHelp:
                 "python -m jaxref.train --mode=sample",
                 "--config.optimizer.name=NAME",
                 "--workdir:",
-                "--mode: <train|eval|sample>:",
+                "--mode: <train|eval|sample|quantize>:",
                 "--config:",
             ):
                 assert text in result.stdout

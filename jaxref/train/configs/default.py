@@ -65,5 +65,19 @@ def get_config() -> ConfigDict:
                 "cache": "full",  # or staircase
                 "seed": 0,
             },
+            "quantize": {
+                "method": "",  # of jaxref.train.quantizers; gptq, say
+                "bits": 0,  # of a weight; 0: as many as are usual for the method
+                "block_size": 64,  # inputs that share a scale; 0: all of an output's
+                "symmetric": True,
+                "low_rank": 0,  # of what makes up for the error, in 8 bits; 0: nothing does
+                "damping": 0.01,  # of Hessians
+                "activation_order": False,  # round the inputs with the largest moments first
+                "threshold": 6.0,  # of llm_int8: features with larger entries are not quantized
+                "max_outliers": 0,  # of llm_int8: of such features; 0: any number, but slower
+                "steps": 1000,  # to learn roundings and levels
+                "calibration_batches": 32,  # of the training data
+                "calibration_rows": 2048,  # inputs to learn from, of each layer
+            },
         }
     )
