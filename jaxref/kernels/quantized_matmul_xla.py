@@ -79,9 +79,9 @@ def matmul(operands: Operands, layout: Layout) -> Array:
 
 
 def codes_of_field(values: Array, field: int, fields: int) -> Array:
-    """The codes `[inputs, columns]` in one field of the bytes, as int32; float8 as it is."""
+    """The codes `[inputs, columns]` in one field of the bytes, as int32 if there are several."""
     if fields == 1:
-        return values if values.dtype in FLOAT8 else values.astype(jnp.int32)
+        return values
     # The field moves to the top of a word, and the signed shift back extends its sign.
     width = 8 // fields
     return values.astype(jnp.int32) << (32 - width * (field + 1)) >> (32 - width)

@@ -57,7 +57,12 @@ from jaxref.nn.mlp import MLP, ScaledFusedMLP
 from jaxref.nn.normalization import Norm
 from jaxref.nn.parameter_attention import ParameterAttention
 from jaxref.nn.point_grid import PointGridBlock
-from jaxref.nn.quantized_linear import QuantizedLinear, QuantizedWeight, quantize_linears
+from jaxref.nn.quantized_linear import (
+    QuantizedBitLinear,
+    QuantizedLinear,
+    QuantizedWeight,
+    quantize_linears,
+)
 from jaxref.nn.quasi_lstm import QuasiLSTM, QuasiLSTMBlock, quasi_lstm
 from jaxref.nn.recurrent import (
     LayerNormGRUCell,
@@ -158,6 +163,7 @@ __all__ = [
     "InputConvexNetwork",
     "BitLinear",
     "QuantizedLinear",
+    "QuantizedBitLinear",
     "QuantizedWeight",
     "quantize_linears",
     "collect_hessians",

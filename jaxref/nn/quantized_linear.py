@@ -10,8 +10,14 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxref.core.checks import check_interval, check_shape
+from jaxref.nn.bit_linear import BitLinear
 from jaxref.nn.linear import Linear, _as_rows, _as_tuple
-from jaxref.quantization import dequantize_kernel, low_rank_compensation, quantized_linear
+from jaxref.quantization import (
+    bit_linear,
+    dequantize_kernel,
+    low_rank_compensation,
+    quantized_linear,
+)
 
 Activations = Literal["int8", "llm_int8"] | None
 Select = Callable[[str, nnx.Module], bool]
@@ -144,7 +150,11 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps `[..., *in_features]` to `[..., *out_features]`."""
-        rows = _as_rows(x.astype(self.dtype), self.in_features)
+        y = self._product(_as_rows(x.astype(self.dtype), self.in_features))
+        y = y.reshape(x.shape[: x.ndim - len(self.in_features)] + self.out_features)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+    def _product(self, rows: Array) -> Array:
         y = quantized_linear(
             rows,
             self.weight.get_value(),
@@ -155,8 +165,62 @@ class QuantizedLinear(nnx.Module):
         if self.low_rank is not None:
             left, right = self.low_rank
             y = y + quantized_linear(quantized_linear(rows, left), right)
-        y = y.reshape(x.shape[: x.ndim - len(self.in_features)] + self.out_features)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y
+
+
+class QuantizedBitLinear(QuantizedLinear):
+    """What a `BitLinear` becomes: the kernel that it was trained with, in 2 bits.
+
+        y = x̂ Ŵ (+ b)
+
+    as `BitLinear` computes it, to the last bit, without its floating-point parameter.
+
+    Args:
+      weight, in_features, out_features, bias, dtype: as for `QuantizedLinear`, the weight as
+        `BitLinear.quantized_kernel` gives it.
+      activation_bits, norm, epsilon: those of the `BitLinear`.
+
+    Raises:
+      ValueError: what `QuantizedLinear` raises.
+
+    `quantize_linears` makes it of every `BitLinear`, whatever is done to the other layers.
+
+    Example:
+      >>> linear = BitLinear(8, 16, axes=(None, None), rngs=nnx.Rngs(0))
+      >>> small = QuantizedBitLinear(linear.quantized_kernel(), in_features=8, out_features=16)
+      >>> x = jnp.linspace(-1, 1, 24).reshape(3, 8)
+      >>> bool(jnp.array_equal(small(x), linear(x))), small.nbytes, linear.kernel.nbytes
+      (True, 36, 512)
+
+    Reference: Nielsen, Schneider-Kamp, "BitNet b1.58 Reloaded: State-of-the-art Performance Also on
+    Smaller Networks", 2024, arXiv:2407.09527.
+    """
+
+    def __init__(
+        self,
+        weight: Any,
+        *,
+        in_features: int | tuple[int, ...],
+        out_features: int | tuple[int, ...],
+        bias: Array | None = None,
+        activation_bits: int = 8,
+        norm: Literal["layer", "rms"] | None = "layer",
+        epsilon: float = 1e-5,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        super().__init__(
+            weight, in_features=in_features, out_features=out_features, bias=bias, dtype=dtype
+        )
+        self.activation_bits, self.norm, self.epsilon = activation_bits, norm, epsilon
+
+    def _product(self, rows: Array) -> Array:
+        return bit_linear(
+            rows,
+            self.weight.get_value(),
+            activation_bits=self.activation_bits,
+            norm=self.norm,
+            epsilon=self.epsilon,
+        ).astype(self.dtype)
 
 
 def quantize_linears(
@@ -172,7 +236,8 @@ def quantize_linears(
     """A copy of a model in which linear layers are `QuantizedLinear`s.
 
     Those are replaced that compute x W (+ b): `Linear`, those of its subclasses that change the
-    kernel only, and `flax.nnx.Linear`.
+    kernel only, and `flax.nnx.Linear`. A `BitLinear` becomes a `QuantizedBitLinear`, with the
+    kernel that it has.
 
     Args:
       model: any module; it stays as it is, and shares all other arrays with the copy.
@@ -209,7 +274,21 @@ def quantize_linears(
     check_interval(0, jnp.inf, low_rank=low_rank)
     replacements: dict[str, nnx.Module] = {}
     for path, layer in linear_layers(model).items():
-        if not _is_plain(layer) or not (select is None or select(path, layer)):
+        if select is not None and not select(path, layer):
+            continue
+        if isinstance(layer, BitLinear):
+            _check_single(path, layer)
+            replacements[path] = QuantizedBitLinear(
+                layer.quantized_kernel(),
+                in_features=layer.in_features,
+                out_features=layer.out_features,
+                bias=None if layer.bias is None else layer.bias[...],
+                activation_bits=layer.activation_bits,
+                norm=layer.norm,
+                epsilon=layer.epsilon,
+                dtype=layer.dtype or layer.kernel.dtype,
+            )
+        if not _is_plain(layer):
             continue
         _check_single(path, layer)
         kernel = _kernel(layer)

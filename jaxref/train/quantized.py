@@ -17,7 +17,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxref.models.blocks import unstack_block
-from jaxref.nn.quantized_linear import QuantizedLinear, dotted, replace_modules
+from jaxref.nn.quantized_linear import (
+    QuantizedBitLinear,
+    QuantizedLinear,
+    dotted,
+    replace_modules,
+)
 from jaxref.quantization import (
     BAQTensor,
     LNQTensor,
@@ -226,29 +231,34 @@ def abstract_weight(description: dict[str, Any]) -> Any:
 
 
 def _describe_linear(linear: QuantizedLinear) -> dict[str, Any]:
+    options = ("activations", "threshold", "max_outliers")
+    if isinstance(linear, QuantizedBitLinear):
+        options = ("activation_bits", "norm", "epsilon")
     return {
+        "class": type(linear).__name__,
         "weight": describe(linear.weight.get_value()),
         "low_rank": None if linear.low_rank is None else [describe(f) for f in linear.low_rank],
         "bias": None if linear.bias is None else _describe_array(linear.bias[...]),
         "in_features": linear.in_features,
         "out_features": linear.out_features,
-        "activations": linear.activations,
-        "threshold": linear.threshold,
-        "max_outliers": linear.max_outliers,
         "dtype": linear.dtype.name,
+        "options": {name: getattr(linear, name) for name in options},
     }
 
 
 def _abstract_linear(description: dict[str, Any]) -> QuantizedLinear:
-    factors, bias = description["low_rank"], description["bias"]
-    return QuantizedLinear(
+    bias, factors = description["bias"], description["low_rank"]
+    made: Any = {kind.__name__: kind for kind in (QuantizedLinear, QuantizedBitLinear)}
+    options = dict(description["options"])
+    if factors is not None:
+        options["low_rank"] = tuple(map(abstract_weight, factors))
+    return made[description["class"]](
         abstract_weight(description["weight"]),
-        low_rank=None if factors is None else tuple(abstract_weight(f) for f in factors),  # type: ignore[arg-type]
         bias=None if bias is None else _abstract_array(bias),
         in_features=tuple(description["in_features"]),
         out_features=tuple(description["out_features"]),
-        **{name: description[name] for name in ("activations", "threshold", "max_outliers")},
         dtype=description["dtype"],
+        **options,
     )
 
 

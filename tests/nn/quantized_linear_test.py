@@ -9,8 +9,10 @@ from jaxref.nn import (
     MLP,
     BitLinear,
     Linear,
+    QuantizedBitLinear,
     QuantizedLinear,
     QuantizedWeight,
+    ReducedPrecisionLinear,
     WeightStandardizedLinear,
     quantize_linears,
 )
@@ -177,17 +179,28 @@ class TestQuantizeLinears:
             [
                 nnx.Linear(8, 6, rngs=nnx.Rngs(0)),
                 WeightStandardizedLinear(8, 6, axes=axes, use_bias=True, rngs=nnx.Rngs(1)),
-                BitLinear(8, 6, axes=axes, rngs=nnx.Rngs(2)),  # a product of its own
+                BitLinear(8, 6, axes=axes, rngs=nnx.Rngs(2)),
+                ReducedPrecisionLinear(8, 6, axes=axes, rngs=nnx.Rngs(3)),  # a product of its own
             ]
         )
         quantized = quantize_linears(layers, lambda path, kernel: to_int8(kernel))
         assert [type(layer).__name__ for layer in quantized] == [
             *["QuantizedLinear"] * 2,
-            "BitLinear",
+            "QuantizedBitLinear",
+            "ReducedPrecisionLinear",
         ]
         x = random((4, 8))
         for small, layer in zip(quantized, layers):
             np.testing.assert_allclose(run(small, x), run(layer, x), atol=0.1)
+
+    def test_a_bit_linear_keeps_its_kernel_in_2_bits(self):
+        mlp = MLP(8, 16, linear=BitLinear, use_bias=True, rngs=nnx.Rngs(0))
+        small = quantize_linears(mlp, rounded)
+        x = random((3, 8))
+        assert isinstance(small.up, QuantizedBitLinear)
+        np.testing.assert_array_equal(run(small, x), run(mlp, x))
+        assert small.up.nbytes == 8 * 16 / 4 + 4
+        np.testing.assert_array_equal(small.down.kernel, mlp.down.effective_kernel())
 
     def test_a_layer_that_modules_share_is_one(self):
         shared = Linear(8, 8, axes=(None, None), rngs=nnx.Rngs(0))
