@@ -205,6 +205,7 @@ def quantized_model(config: ConfigDict, data: Data, program: Program, model: Any
         if method.needs == "inputs":
             originals = gather(model, "the model as it is", paths)
         for name, members in groups.items():
+            end = bar.n + len(members)
             model = quantize_linears(
                 model,
                 partial(quantize_kernel, gather(model, name, members)),
@@ -214,6 +215,7 @@ def quantized_model(config: ConfigDict, data: Data, program: Program, model: Any
                 threshold=options.threshold,
                 max_outliers=options.max_outliers or None,
             )
+            bar.update(end - bar.n)  # for those that have a quantized kernel of their own
     return model
 
 
