@@ -49,7 +49,7 @@ VARIANTS = (
 """What else is tried: settings of the section `quantize`."""
 
 QUICK = (
-    "steps=2 batch_size=4 length=16 validation_tokens=256 sample.length=4 model.num_layers=1 "
+    "steps=2 batch_size=8 length=16 validation_tokens=256 sample.length=4 model.num_layers=1 "
     "model.features=16 model.num_heads=2 model.mlp_features=32"
 )
 
