@@ -174,7 +174,7 @@ def _sum_of_slices(operands: Operands, layout: Layout, rows: int) -> Array:
     total = jnp.zeros((tokens, layout.fields, values.shape[1]), dtype)
     total, *_ = varying_alike(total, *jax.tree.leaves(operands))
     slices = jnp.arange(whole), x_slices, scales, zero_points, x_scales
-    total, _ = jax.lax.scan(step, total, slices, unroll=2)
+    total, _ = jax.lax.scan(step, total, slices)
     if inputs % rows:
         rest = x[:, whole * rows :], values[whole * rows :], last_scale, last_zero_point
         total += _product(Operands(*rest, codebook, last_x_scale), layout)
