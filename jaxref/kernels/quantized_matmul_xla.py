@@ -170,7 +170,7 @@ def _sum_of_slices(operands: Operands, layout: Layout, rows: int) -> Array:
         of_block = of_block if blocks else zero_point
         return total + _product(Operands(x, part, scale, of_block, codebook, x_scale), layout), None
 
-    dtype = jnp.float32 if x_scale is None and scale is None else scale.dtype
+    dtype = jnp.promote_types(x.dtype, jnp.float32) if scale is None else scale.dtype
     total = jnp.zeros((tokens, layout.fields, values.shape[1]), dtype)
     total, *_ = varying_alike(total, *jax.tree.leaves(operands))
     slices = jnp.arange(whole), x_slices, scales, zero_points, x_scales

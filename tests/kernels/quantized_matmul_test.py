@@ -155,6 +155,15 @@ class TestNumbers:
             assert y.dtype == dtype
             np.testing.assert_allclose(y.astype("f"), expected, atol=tolerance)
 
+    def test_double_precision(self, monkeypatch):
+        monkeypatch.setattr(quantized_matmul_xla, "_SLICE", 32)
+        with jax.enable_x64(True):
+            for name in ("int8", "int4, blocks", "codebooks of outputs"):
+                _, arguments, wide, weight = CASES[name].operands(3, 130, 20)
+                y = multiply(wide, arguments, "xla")
+                assert y.dtype == jnp.float64
+                np.testing.assert_allclose(y, wide @ weight, rtol=1e-12, atol=1e-12)
+
     def test_integer_sums_are_exact(self, implementation):
         x = np.full((1, 3000), 127, "i1")
         x[0, 1] = 126  # 3000 · 127² - 127 is no multiple of 4, as floats of its size are
