@@ -23,18 +23,13 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 _tests = itertools.count(1)
-QUICK_ROOMS = (
-    "adaptation", "analysis", "attention", "bench", "core", "data", "decision", "losses", "metrics",
-    "models", "nn", "norms", "optimizers", "parallel", "quantization", "train",
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def compile_quickly(request):
-    """XLA optimises little, which takes two thirds of the time, in rooms whose tests compile much
-    and compute little. A test of what the compiler makes is marked `optimized`."""
-    room = request.path.relative_to(request.config.rootpath).parts[1]
-    quick = room in QUICK_ROOMS and not request.node.get_closest_marker("optimized")
+    """XLA optimises little, which takes two thirds of the time, as tests compile much and compute
+    little. A test of what the compiler makes is marked `optimized`."""
+    quick = not request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -96,13 +96,6 @@ def ours(arrays, cotangents, implementation, block_q=8, block_k=8, **options):
     return differentiated(attend, arrays, cotangents)
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly(request):
-    """Much is compiled here and little computed."""
-    quick = request.node.get_closest_marker("optimized") is None
-    jax.config.update("jax_disable_most_optimizations", quick)
-
-
 def exact(arrays, cotangents, **options):
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), (arrays, cotangents))

@@ -21,13 +21,6 @@ from tests.kernels.platforms import ANYWHERE, small_tiles  # noqa: F401
 
 everywhere = pytest.mark.parametrize("implementation", ANYWHERE)
 both = pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
-pytestmark = pytest.mark.usefixtures("compile_little")
-
-
-@pytest.fixture
-def compile_little():
-    """The compiler takes longer over an interpreted kernel than the kernel itself."""
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def literal(name, x, g, scale=None, bias=None, *, epsilon=1e-6):

@@ -104,8 +104,6 @@ AHEAD_OF_TIME = (
 @pytest.fixture(params=ANYWHERE)
 def implementation(request, monkeypatch):
     """An implementation with tiles so small that small arrays have several, the last ones cut."""
-    # the compiler takes longer over an interpreted kernel than the kernel itself
-    jax.config.update("jax_disable_most_optimizations", True)
     monkeypatch.setattr(quantized_matmul_xla, "_SLICE", 32)
     monkeypatch.setattr(quantized_matmul_tpu, "_BLOCK", (32, 128, 128))
     monkeypatch.setattr(quantized_matmul_gpu, "_BLOCK", (16, 32, 32))

@@ -85,7 +85,6 @@ class NumbersTest(chex.TestCase):
         assert np.abs(ours - exact).max() < 0.3 * np.abs(plain - exact).max()
 
     def test_kernels_agree(self):
-        jax.config.update("jax_disable_most_optimizations", True)
         x, w = random_layer(64, 12)
         for options, weight in (
             ({}, quantize(w, QuantSpec(bits=4, granularity="block", axis=0, block_size=32))),
