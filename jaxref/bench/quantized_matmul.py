@@ -90,7 +90,7 @@ def of_weights(
 def of_integers(
     shape: tuple[int, int, int], dtype: str, implementations: tuple[str, ...], *, repeats: int
 ) -> Iterator[Measurement]:
-    """The product of codes of 8 bits on both sides."""
+    """The product of codes of 8 bits on both sides, beside XLA's of the codes without any scale."""
     x, w = random_operands(shape, dtype)
     x_q, w_q = quantize_rowwise(x), quantize(w, OUTPUTS)
     calls: dict[str, Callable[[], Any]] = {dtype: partial(jax.jit(jnp.matmul), x, w)}
@@ -98,6 +98,16 @@ def of_integers(
         product = jax.jit(partial(_of_codes, implementation=implementation))
         arrays = x_q.values, w_q.values, w_q.scale, x_q.scale
         calls[f"int8 · int8, {implementation}"] = partial(product, *arrays)
+    for name, kernel, axis in (
+        ("codes alone", w_q.values, 0),
+        ("codes alone, transposed", jnp.asarray(w_q.values.T), 1),
+    ):
+        dot = partial(
+            jax.lax.dot_general,
+            dimension_numbers=(((1,), (axis,)), ((), ())),
+            preferred_element_type=jnp.int32,
+        )
+        calls[f"int8 · int8, {name}"] = partial(jax.jit(dot), x_q.values, kernel)
     if jax.default_backend() == "cpu" and (torch := optional_peer("torch")) is not None:
         a, b = (torch.tensor(jax.device_get(q.values)) for q in (x_q, w_q))
         calls["torch._int_mm"] = lambda: torch._int_mm(a, b)
