@@ -35,9 +35,10 @@ def choose_implementation(implementation: str | None, *operands: Array) -> Imple
 
     Args:
       implementation: None, for Pallas on a TPU and XLA elsewhere; "xla"; "pallas", the kernel of
-        the default backend; "pallas_tpu" or "pallas_gpu", that of a platform whether or not it is
-        here, to compile for it ahead of time; or one of the three with "_interpret", which any
-        machine can run ("pallas_interpret" is that of a TPU where the default backend is a CPU).
+        the default backend, inside `jax.shard_map` of the mesh's devices; "pallas_tpu" or
+        "pallas_gpu", that of a platform whether or not it is here, to compile for it ahead of time;
+        or one of the three with "_interpret", which any machine can run ("pallas_interpret" is that
+        of a TPU where the default backend is a CPU).
       *operands: the arrays to compute with.
 
     Returns:
@@ -56,7 +57,7 @@ def choose_implementation(implementation: str | None, *operands: Array) -> Imple
         raise ValueError(
             f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}"
         )
-    backend = jax.default_backend()
+    backend = _backend()
     is_double = any(x.dtype.itemsize == 8 and x.dtype.kind == "f" for x in operands)
     if implementation is None:
         return Implementation("tpu" if backend == "tpu" and _whole() and not is_double else "xla")
@@ -77,6 +78,13 @@ def choose_implementation(implementation: str | None, *operands: Array) -> Imple
             )
         named = "gpu" if backend == "gpu" else "tpu"
     return Implementation(named, interpret)
+
+
+def _backend() -> str:
+    """The platform of the devices of `jax.shard_map`, which a program may be compiled for where
+    they are not; elsewhere the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _whole() -> bool:

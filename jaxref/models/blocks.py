@@ -16,17 +16,21 @@ from jaxref.attention import harmonic_alibi_bias
 from jaxref.nn import CausalActivation, MultiHeadAttention, Norm, ParameterAttention
 from jaxref.nn.mlp import is_module_class
 from jaxref.norms import deep_norm_alpha, deep_norm_gain, layer_norm_scaling_factor
-from jaxref.parallel import constrain
+from jaxref.parallel import constrain, merge_rows, split_rows
 
 TransformerConfig = Any  # that of jaxref.models.transformer, which imports this file
 Call = Callable[..., tuple[Array, Any]]
+
+STREAM = ("batch", "length", "stream")
+"""What the rows of the stream are split over. A rule for "stream" splits those of a device further:
+over "tensor", the norms' work and what is kept for the backward pass."""
 
 
 def stream_norm(function: Callable[..., Any] | None, config: TransformerConfig) -> Norm | None:
     """A norm of the stream; None of None."""
     if function is None:
         return None
-    return Norm(function, config.features, axes=("embed",), param_dtype=config.param_dtype)
+    return Norm(function, config.features, axes=("norm",), param_dtype=config.param_dtype)
 
 
 class Sublayer(nnx.Module):
@@ -70,13 +74,13 @@ class Sublayer(nnx.Module):
         y = x if self.input_norm is None else self.input_norm(x, where=where)
         if factor is not None:
             y = (y * factor).astype(y.dtype)
-        y = (function or self.function)(y).reshape(x.shape)
+        y = (function or self.function)(y)
         if self.output_norm is not None:
             y = self.output_norm(y, where=where)
         if key is not None and self.rate > 0:
             keep = jax.random.bernoulli(key, 1 - self.rate, y.shape)
             y = jnp.where(keep, y / (1 - self.rate), 0).astype(y.dtype)
-        x = constrain((x if self.alpha is None else self.alpha * x) + y, "batch", None)
+        x = constrain((x if self.alpha is None else self.alpha * x) + y, STREAM, None)
         return x if self.stream_norm is None else self.stream_norm(x, where=where)
 
 
@@ -227,21 +231,20 @@ class Block(nnx.Module):
             else [*jax.random.split(key), *(jax.random.fold_in(key, i) for i in (2, 3))]
         )
         factor = layer_norm_scaling_factor(index) if self.scaled else None
-        apart = (*shape, x.shape[-1])
-        x = self.attention(
-            x, keys[0], lambda y: attention(y.reshape(apart)), factor=factor, where=where
-        )
+
+        def apart(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+            return lambda y: merge_rows(function(split_rows(y, shape)))
+
+        x = self.attention(x, keys[0], apart(attention), factor=factor, where=where)
         if self.cross is not None:
-            x = self.cross(
-                x, keys[2], lambda y: cross(y.reshape(apart)), factor=factor, where=where
-            )
+            x = self.cross(x, keys[2], apart(cross), factor=factor, where=where)
 
         def mlp(y: Array) -> Array:
             function = self.mlp.function
-            if isinstance(getattr(function, "activation", None), CausalActivation):
-                y = y.reshape(apart)
             if "key" in inspect.signature(type(function).__call__).parameters:
-                return function(y, key=keys[3])
+                function = partial(function, key=keys[3])
+            if isinstance(getattr(function, "activation", None), CausalActivation):
+                function = apart(function)
             return function(y)
 
         return self.mlp(x, keys[1], mlp, factor=factor, where=where)

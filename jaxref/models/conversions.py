@@ -426,8 +426,8 @@ def _replace_norms(model: Transformer, norm: Callable[..., Any]) -> None:
     features = model.config.features
     for block in model.blocks:
         for sublayer in (block.attention, block.mlp):
-            sublayer.input_norm = Norm(norm, features, axes=("embed",))
-    model.final_norm = Norm(norm, features, axes=("embed",))
+            sublayer.input_norm = Norm(norm, features, axes=("norm",))
+    model.final_norm = Norm(norm, features, axes=("norm",))
     model.config = dataclasses.replace(model.config, norm=norm)
 
 

@@ -16,6 +16,7 @@ from jaxref.attention import dot_product_attention, linear_attention
 from jaxref.core.checks import check_interval, check_shape
 from jaxref.core.numerics import compute_dtype
 from jaxref.models.blocks import (
+    STREAM,
     Block,
     component_class,
     is_tokenized,
@@ -27,7 +28,7 @@ from jaxref.nn import MLP, Embed, Linear, Norm, StableEmbedding
 from jaxref.nn.losses import OutputOfLoss
 from jaxref.nn.mlp import is_module_class
 from jaxref.norms import norm_placement, rms_norm, shrink_embedding_gradient
-from jaxref.parallel import constrain
+from jaxref.parallel import constrain, merge_rows, split_rows
 
 ARCHITECTURES = ("decoder", "encoder", "prefix", "encoder_decoder")
 NORM_PLACEMENTS = ("pre", "post", "peri", "sandwich", "mix", "deep_norm")
@@ -560,7 +561,7 @@ class Transformer(nnx.Module):
             last = self.config.max_length - 1
             ids = jnp.arange(tokens.shape[1]) if positions is None else jnp.minimum(positions, last)
             x = x + self.positions(ids)
-        x = constrain(x.reshape(-1, x.shape[-1]), "batch", None)
+        x = constrain(merge_rows(x), STREAM, None)
         return x if self.embed_norm is None else self.embed_norm(x, where=_rows(where))
 
     def _through(
@@ -588,18 +589,18 @@ class Transformer(nnx.Module):
         if not keep:
             return last, None
         states = jnp.concatenate([x[None], *(layers.reshape(-1, *x.shape) for layers in after)])
-        return last, states.reshape(-1, *shape, x.shape[-1])
+        return last, jax.vmap(lambda rows: split_rows(rows, shape))(states.reshape(-1, *x.shape))
 
     def _finished(
         self, x: Array, norm: Norm | None, shape: tuple[int, ...], where: Array | None = None
     ) -> Array:
         x = x if norm is None else norm(x, where=_rows(where))
-        return x.reshape(*shape, x.shape[-1])
+        return split_rows(x, shape)
 
 
 def _rows(where: Array | None) -> Array | None:
     """Which rows of the stream exist, `[tokens, 1]`."""
-    return None if where is None else where.reshape(-1, 1)
+    return None if where is None else merge_rows(where)[:, None]
 
 
 def _make_blocks(config: TransformerConfig, rngs: nnx.Rngs, *, cross: bool) -> list[Block]:

@@ -22,6 +22,7 @@ from jaxref.attention import (
 from jaxref.core.checks import check_interval
 from jaxref.nn.linear import Linear
 from jaxref.nn.normalization import Norm
+from jaxref.parallel import on_shards, split_over
 from jaxref.quantization import (
     StaircaseCache,
     staircase_cache_append,
@@ -186,7 +187,8 @@ class MultiHeadAttention(nnx.Module):
             given["bias"] = self.position_bias(
                 self.num_heads, query.shape[1], key.shape[1], query_positions=positions
             )
-        return self.attention(query, key, value, mask=mask, is_causal=is_causal, **given)
+        attend = _on_shards(self.attention, mask, given.get("bias"))
+        return attend(query, key, value, mask=mask, is_causal=is_causal, **given)
 
     def remember(self, x: Array, positions: Array | None = None) -> tuple[Array, Array]:
         """Keys and values `[batch, length, kv_heads, head_dim]` of a sequence, to attend over."""
@@ -257,6 +259,51 @@ class MultiHeadAttention(nnx.Module):
         if self.rotated == self.head_dim:
             return rotated
         return jnp.concatenate([rotated, x[..., self.rotated :]], axis=-1)
+
+
+def _on_shards(attention: Callable[..., Array], mask: Array | None, bias: Array | None) -> Any:
+    """The attention where it runs on a mesh: each device attends with its sequences and heads.
+
+    That serves the kernels, which the compiler cannot cut. Other functions than plain attention are
+    left to the compiler, as nobody knows here what they mix.
+    """
+    function = attention
+    while isinstance(function, partial):
+        function = function.func
+    if split_over("length"):
+        raise ValueError("mesh axis sequence")
+    if function is not dot_product_attention:
+        return attention
+
+    def attend(
+        query: Array, key: Array, value: Array, *, is_causal: bool, **broadcast: Array | None
+    ) -> Array:
+        def on_each(query: Array, key: Array, value: Array, *broadcast: Array | None) -> Array:
+            given = dict(zip(names, broadcast))
+            return attention(query, key, value, is_causal=is_causal, **given)
+
+        names = list(broadcast)
+        spread = on_shards(
+            on_each,
+            [
+                ("batch", None, "heads", None),
+                ("batch", None, "kv_heads", None),
+                ("batch", None, "kv_heads", None),
+                *(_axes_of_broadcast(x) for x in broadcast.values()),
+            ],
+            ("batch", None, "heads", None),
+        )
+        return spread(query, key, value, *broadcast.values())
+
+    return attend
+
+
+def _axes_of_broadcast(x: Array | None) -> tuple[str | None, ...] | None:
+    """Logical names of the axes of a mask or bias, those along which it is one for all left out."""
+    if x is None:
+        return None
+    names = ("batch", "heads", None, None)[4 - x.ndim :]
+    return tuple(name if size > 1 else None for name, size in zip(names, x.shape))
 
 
 def visible_positions(positions: Array, prefix_lengths: Array, length: int) -> Array:

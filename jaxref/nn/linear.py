@@ -9,17 +9,29 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from jaxref.kernels.vocabulary_parallel import local_ids, whole_width
+from jaxref.parallel import merge_rows, on_shards, split_over, split_rows
+
 
 def _as_tuple(features: int | tuple[int, ...]) -> tuple[int, ...]:
     return (features,) if isinstance(features, int) else tuple(features)
 
 
 def _as_rows(x: Array, in_features: tuple[int, ...]) -> Array:
-    """`[..., *in_features]` as a matrix `[rows, inputs]`."""
+    """`[..., *in_features]` as a matrix `[rows, inputs]`; `_from_rows` goes back."""
     if x.shape[-len(in_features) :] != in_features:
         sizes = ", ".join(map(str, in_features))
         raise ValueError(f"x must have shape [..., {sizes}], got {tuple(x.shape)}")
-    return x.reshape(-1, math.prod(in_features))
+    rows = merge_rows(x, x.ndim - len(in_features))
+    return rows.reshape(len(rows), math.prod(in_features))
+
+
+def _from_rows(
+    y: Array, x: Array, in_features: tuple[int, ...], out_features: tuple[int, ...]
+) -> Array:
+    """A matrix `[rows, outputs]`, made of the rows of `x`, as `[..., *out_features]`."""
+    y = y.reshape(len(y), *out_features)
+    return split_rows(y, x.shape[: x.ndim - len(in_features)])
 
 
 class Linear(nnx.Module):
@@ -98,8 +110,8 @@ class Linear(nnx.Module):
         # One flat matrix product: with more leading axes than one, XLA's CPU backend transposes the
         # output's gradient, recomputing all that is fused into it (1.8 x the time of a train step).
         rows = _as_rows(x.astype(dtype), self.in_features)
-        leading = x.shape[: x.ndim - len(self.in_features)]
-        y = self._product(rows).astype(dtype).reshape(leading + self.out_features)
+        y = self._product(rows).astype(dtype)
+        y = _from_rows(y, x, self.in_features, self.out_features)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
     def _product(self, rows: Array) -> Array:
@@ -144,6 +156,7 @@ class Embed(nnx.Module):
     ):
         table = embedding_init(rngs.params(), (num_embeddings, features), param_dtype)
         self.embedding = nnx.Param(table, axes=axes)
+        self.axes = axes
         self.dtype = dtype
 
     def __call__(self, ids: Array) -> Array:
@@ -155,5 +168,33 @@ class Embed(nnx.Module):
             raise TypeError(f"ids must be integers, got {jnp.result_type(ids).name}")
         # Converted after the lookup, so that the gradients of a frequent id add up in the table's
         # type.
-        rows = self.embedding[...].at[ids].get(mode="fill", wrap_negative_indices=False)
+        rows = _rows_of(self.embedding[...], jnp.asarray(ids), self.axes)
         return rows.astype(self.dtype or self.embedding.dtype)
+
+
+def _rows_of(table: Array, ids: Array, axes: tuple[str | None, str | None]) -> Array:
+    """Rows of a table that may be spread, by rows and by features.
+
+    Every device looks up what it has of them: of the rows, which are then summed; of the features,
+    for the tokens of all devices that have others, to each of which then goes what it asked for.
+    """
+    over_rows, over_features = (split_over(name) if name else () for name in axes)
+
+    def look_up(table: Array, ids: Array) -> Array:
+        if over_features:
+            ids = jax.lax.all_gather(ids, over_features, axis=0, tiled=True)
+        if over_rows:
+            here_ids, here = local_ids(ids, len(table), over_rows)
+            rows = jax.lax.psum(jnp.where(here[..., None], table[here_ids], 0), over_rows)
+            exists = (ids >= 0) & (ids < whole_width(len(table), over_rows))
+            rows = jnp.where(exists[..., None], rows, jnp.nan)
+        else:
+            rows = table.at[ids].get(mode="fill", wrap_negative_indices=False)
+        if over_features:
+            rows = jax.lax.all_to_all(rows, over_features, 0, rows.ndim - 1, tiled=True)
+        return rows
+
+    if ids.ndim != 2 or not over_rows + over_features:
+        return table.at[ids].get(mode="fill", wrap_negative_indices=False)
+    tokens = ("batch", "length")
+    return on_shards(look_up, [axes, tokens], (*tokens, None))(table, ids)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxref.attention import grow_parameter_tokens, parameter_attention
 from jaxref.attention.parameter_attention import Normalization, parameter_attention_scale
 from jaxref.core.checks import check_interval
-from jaxref.nn.linear import _as_rows, _as_tuple
+from jaxref.nn.linear import _as_rows, _as_tuple, _from_rows
 
 
 class ParameterAttention(nnx.Module):
@@ -111,7 +111,7 @@ class ParameterAttention(nnx.Module):
             normalization=self.normalization,
             scale=self.scale,
         )
-        return y.reshape(x.shape[: x.ndim - len(self.in_features)] + self.out_features)
+        return _from_rows(y, x, self.in_features, self.out_features)
 
     def grow(self, extra: int, *, value_std: float = 0.02, rngs: nnx.Rngs) -> None:
         """Adds `extra` tokens, with keys of 0, which leave the outputs as they are.

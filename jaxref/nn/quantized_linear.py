@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxref.core.checks import check_interval, check_shape
 from jaxref.nn.bit_linear import BitLinear
-from jaxref.nn.linear import Linear, _as_rows, _as_tuple
+from jaxref.nn.linear import Linear, _as_rows, _as_tuple, _from_rows
 from jaxref.quantization import (
     bit_linear,
     dequantize_kernel,
@@ -151,7 +151,7 @@ class QuantizedLinear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Maps `[..., *in_features]` to `[..., *out_features]`."""
         y = self._product(_as_rows(x.astype(self.dtype), self.in_features))
-        y = y.reshape(x.shape[: x.ndim - len(self.in_features)] + self.out_features)
+        y = _from_rows(y, x, self.in_features, self.out_features)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def _product(self, rows: Array) -> Array:

@@ -5,7 +5,12 @@ from jaxref.parallel.sharding import (
     DEFAULT_RULES,
     constrain,
     logical_sharding,
+    merge_rows,
+    mesh_axes,
+    on_shards,
     partition_spec,
+    split_over,
+    split_rows,
     use_rules,
 )
 
@@ -14,7 +19,12 @@ __all__ = [
     "make_mesh",
     "DEFAULT_RULES",
     "partition_spec",
+    "mesh_axes",
     "logical_sharding",
     "use_rules",
     "constrain",
+    "split_over",
+    "on_shards",
+    "merge_rows",
+    "split_rows",
 ]

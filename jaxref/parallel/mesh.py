@@ -5,14 +5,19 @@ import operator
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 """The axes every mesh has, outermost first: neighbours on `tensor` talk most."""
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
+    """A mesh with the axes `data`, `fsdp`, `expert`, `sequence` and `tensor` over all devices.
+
+    Within a slice the axes follow the interconnect, as `mesh_utils.create_device_mesh` lays them.
+    Devices of several slices, which a data-centre network connects, must be the same number in
+    each: the axis `data` goes over the slices first, so that all others stay within one.
 
     Args:
       sizes: size by axis name; an axis that is missing has size 1. One axis may be -1: it takes
@@ -23,8 +28,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       A `jax.sharding.Mesh` with axis names `MESH_AXES`, whose axes are of type Auto.
 
     Raises:
-      ValueError: an axis name that does not exist, a size below 1 (other than one -1), or a product
-        of sizes that is not the number of devices.
+      ValueError: an axis name that does not exist, a size below 1 (other than one -1), a product
+        of sizes that is not the number of devices, or a size of `data` that the number of slices
+        does not divide.
       TypeError: a size that is not an integer.
 
     Example:
@@ -42,11 +48,25 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if math.prod(shape) != len(devices):
-        wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape))
+        wanted = " x ".join(f"{a}={size}" for a, size in zip(MESH_AXES, shape) if size != 1)
         raise ValueError(
-            f"mesh {wanted} does not divide the {len(devices)} devices: the product of its sizes "
-            f"must be {len(devices)}"
+            f"mesh {wanted or 'of size 1'} does not divide the {len(devices)} devices: the product "
+            f"of its sizes must be {len(devices)}"
         )
-    return jax.make_mesh(
-        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        data, *within = shape
+        if data % slices:
+            raise ValueError(
+                f"mesh data={data} must be a multiple of the {slices} slices that the devices are "
+                "in: it is the axis that goes over them"
+            )
+        placed = mesh_utils.create_hybrid_device_mesh(
+            [data // slices, *within],
+            [slices, *(1 for _ in within)],
+            devices,
+            allow_split_physical_axes=True,
+        )
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

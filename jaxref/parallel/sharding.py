@@ -8,24 +8,32 @@ strategy, without a change in its code.
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-Rules = Mapping[str, tuple[str, ...]]
+from jaxref.parallel.mesh import MESH_AXES
+
+Rules = Mapping[str, Sequence[str]]
+Name = str | tuple[str, ...] | None
+"""Of an axis: a logical name, those of the axes that were merged into it, or None."""
 
 DEFAULT_RULES: Rules = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("sequence",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocabulary": ("tensor",),
+    "expert": ("expert",),
 }
-"""Batch over data and fsdp; parameters over fsdp along their embedding axis and over tensor along
-heads, hidden units or vocabulary. A name that is not here is not split."""
+"""Sequences over data, fsdp and expert, their tokens over sequence; parameters over fsdp along
+their embedding axis, over tensor along heads, hidden units or vocabulary, and over expert. A name
+that is not here is not split."""
 
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
     "active sharding rules", default=None
@@ -33,7 +41,7 @@ _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Context
 
 
 def partition_spec(
-    axes: tuple[str | None, ...],
+    axes: tuple[Name, ...],
     shape: tuple[int, ...],
     mesh: Mesh | AbstractMesh,
     rules: Rules = DEFAULT_RULES,
@@ -41,9 +49,10 @@ def partition_spec(
     """The `PartitionSpec` of an array whose axes bear the logical names `axes`.
 
     Args:
-      axes: a logical name or None for each axis of the array.
+      axes: a logical name or None for each axis of the array. An axis into which several were
+        merged bears a tuple of names, the outermost first.
       shape: the array's shape, to check that the mesh divides it.
-      mesh: the mesh.
+      mesh: the mesh. One of `MESH_AXES` that it does not have counts as one of size 1.
       rules: mesh axes by logical name; a name without a rule is not split. A mesh axis that an
         earlier axis of the array already took is left out, so that an [embed, embed] matrix is
         split once.
@@ -52,8 +61,8 @@ def partition_spec(
       The spec, with mesh axes of size 1 left out.
 
     Raises:
-      ValueError: `axes` and `shape` differ in length, a rule names an axis that the mesh does not
-        have, or a size is not divisible by the product of its mesh axes.
+      ValueError: `axes` and `shape` differ in length, a rule names an axis that no mesh has, or a
+        size is not divisible by the product of its mesh axes.
 
     Example:
       >>> mesh = jax.sharding.AbstractMesh((4, 2, 2), ("data", "fsdp", "tensor"))
@@ -65,26 +74,53 @@ def partition_spec(
     taken: set[str] = set()
     entries = []
     for name, size in zip(axes, shape):
-        wanted = () if name is None else rules.get(name, ())
-        if not set(wanted) <= set(mesh.axis_names):
-            raise ValueError(
-                f"rules place axis {name!r} on mesh axes {wanted!r}, but the mesh has "
-                f"{list(mesh.axis_names)}"
-            )
-        over = tuple(axis for axis in wanted if axis not in taken and mesh.shape[axis] > 1)
+        over = tuple(axis for axis in mesh_axes(name, mesh, rules) if axis not in taken)
         ways = math.prod(mesh.shape[axis] for axis in over)
         if size % ways:
+            fitting = [n for n in range(ways, 0, -1) if size % n == 0][:1]
             raise ValueError(
                 f"axis {name!r} of size {size} cannot be split {ways} ways over mesh axes "
-                f"{list(over)}: make it a multiple of {ways} or the mesh axes smaller"
+                f"{list(over)}: make it a multiple of {ways}, or the mesh axes smaller, such as "
+                f"{fitting[0]} in all"
             )
         taken.update(over)
         entries.append(over if len(over) > 1 else over[0] if over else None)
     return PartitionSpec(*entries)
 
 
+def mesh_axes(
+    name: Name, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES
+) -> tuple[str, ...]:
+    """The mesh axes that a logical name is split over, those of size 1 left out.
+
+    Args:
+      name, mesh, rules: as in `partition_spec`.
+
+    Returns:
+      Names of mesh axes, outermost first.
+
+    Raises:
+      ValueError: a rule names an axis that no mesh has.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((4, 1, 2), ("data", "fsdp", "tensor"))
+      >>> mesh_axes("batch", mesh), mesh_axes(("batch", "heads"), mesh)
+      (('data',), ('data', 'tensor'))
+    """
+    if isinstance(name, tuple):
+        return tuple(axis for part in name for axis in mesh_axes(part, mesh, rules))
+    wanted = () if name is None else rules.get(name, ())
+    unknown = set(wanted) - set(mesh.axis_names) - set(MESH_AXES)
+    if unknown or isinstance(wanted, str):
+        raise ValueError(
+            f"rules place axis {name!r} on mesh axes {wanted!r}, but the mesh has "
+            f"{list(mesh.axis_names)}"
+        )
+    return tuple(axis for axis in wanted if mesh.shape.get(axis, 1) > 1)
+
+
 def logical_sharding(
-    axes: tuple[str | None, ...],
+    axes: tuple[Name, ...],
     shape: tuple[int, ...],
     mesh: Mesh | AbstractMesh,
     rules: Rules = DEFAULT_RULES,
@@ -107,7 +143,7 @@ def logical_sharding(
 
 @contextlib.contextmanager
 def use_rules(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-    """Within this context, `constrain` splits activations over `mesh` by `rules`.
+    """Within this context, `constrain` and `on_shards` split activations over `mesh` by `rules`.
 
     Enter it inside the function that is jitted, around the call of the model: a trace that was
     made elsewhere and is only called here does not see it.
@@ -131,14 +167,14 @@ def use_rules(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
         _active.reset(token)
 
 
-def constrain(x: Array, *axes: str | None) -> Array:
+def constrain(x: Array, *axes: Name) -> Array:
     """`x` with its sharding fixed by its axes' logical names.
 
     Outside `use_rules`, and inside `jax.shard_map`, `x` itself.
 
     Args:
       x: an activation inside a traced function.
-      *axes: a logical name or None for each axis of `x`.
+      *axes: for each axis of `x` a logical name, several where axes were merged, or None.
 
     Returns:
       `x`, for the compiler to place as the rules say.
@@ -150,10 +186,138 @@ def constrain(x: Array, *axes: str | None) -> Array:
       >>> constrain(jax.numpy.ones((2, 3)), "batch", None).shape
       (2, 3)
     """
+    active = _spread()
+    if active is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, logical_sharding(axes, x.shape, *active))
+
+
+def split_over(*names: str) -> tuple[str, ...]:
+    """The mesh axes that logical names are split over at this place in the program.
+
+    Args:
+      *names: logical names.
+
+    Returns:
+      Names of mesh axes; none outside `use_rules`, inside `jax.shard_map` and on one device.
+
+    Example:
+      >>> split_over("length")
+      ()
+    """
+    active = _spread()
+    return () if active is None else mesh_axes(names, *active)
+
+
+def on_shards(
+    function: Callable[..., Any],
+    in_axes: Sequence[tuple[Name, ...] | None],
+    out_axes: tuple[Name, ...],
+) -> Callable[..., Any]:
+    """`function`, called by each device on its shards of the arguments.
+
+    What the compiler does not partition itself, or not well: kernels, and algorithms that exchange
+    something of their own. `jax.shard_map` by the rules in force. Without any, on one device and
+    inside `jax.shard_map`, it is the function itself, which finds out by `split_over`, before, over
+    which axes it has to exchange.
+
+    Args:
+      function: of arrays, to an array.
+      in_axes: for each argument the logical names of its axes; None for an argument that every
+        device has whole, or that is None.
+      out_axes: the names of the result's axes.
+
+    Returns:
+      A function of the same arguments. It raises ValueError as `partition_spec` does.
+
+    Example:
+      >>> double = on_shards(lambda x: 2 * x, [("batch", None)], ("batch", None))
+      >>> double(jax.numpy.ones((2, 3))).shape
+      (2, 3)
+    """
+    active = _spread()
+    if active is None:
+        return function
+
+    def sharded(*args: Any) -> Any:
+        def spec(axes: tuple[Name, ...] | None, arg: Any) -> PartitionSpec:
+            return PartitionSpec() if axes is None else partition_spec(axes, arg.shape, *active)
+
+        call = jax.shard_map(
+            function,
+            mesh=active[0],
+            in_specs=tuple(map(spec, in_axes, args)),
+            out_specs=PartitionSpec(*(mesh_axes(name, *active) for name in out_axes)),
+        )
+        return call(*args)
+
+    return sharded
+
+
+def merge_rows(x: Array, leading: int = 2) -> Array:
+    """`[batch, length, ...]` as rows `[batch · length, ...]`.
+
+    Where the rules split the length, the rows are ordered so that those of each device stay there:
+    shard after shard. `split_rows` restores the order.
+
+    Args:
+      x: an array.
+      leading: how many axes to merge; other than 2 they are not batch and length, and their rows
+        keep their order. Default 2.
+
+    Returns:
+      The rows. What is done to each row alone can be done to them.
+
+    Example:
+      >>> merge_rows(jax.numpy.ones((2, 3, 4))).shape
+      (6, 4)
+    """
+    shape, rest = x.shape[:leading], x.shape[leading:]
+    ways = _ways(shape)
+    if ways is None:
+        return x.reshape(math.prod(shape), *rest)
+    x = x.reshape(ways[0], shape[0] // ways[0], ways[1], shape[1] // ways[1], *rest)
+    x = x.swapaxes(1, 2).reshape(math.prod(shape), *rest)
+    return constrain(x, ("batch", "length"), *[None] * len(rest))
+
+
+def split_rows(rows: Array, shape: tuple[int, ...]) -> Array:
+    """Rows of `merge_rows` as `[batch, length, ...]`.
+
+    Args:
+      rows: `[batch · length, ...]`.
+      shape: of the axes that were merged, `(batch, length)`.
+
+    Returns:
+      The array with these axes in the place of the first.
+
+    Example:
+      >>> split_rows(jax.numpy.ones((6, 4)), (2, 3)).shape
+      (2, 3, 4)
+    """
+    rest = rows.shape[1:]
+    ways = _ways(shape)
+    if ways is None:
+        return rows.reshape(*shape, *rest)
+    x = rows.reshape(*ways, shape[0] // ways[0], shape[1] // ways[1], *rest)
+    return x.swapaxes(1, 2).reshape(*shape, *rest)
+
+
+def _spread() -> tuple[Mesh, Rules] | None:
+    """Mesh and rules, where there is something to split."""
     active = _active.get()
     if active is None or active[0].size == 1:
-        return x
+        return None
     if jax.sharding.get_abstract_mesh().manual_axes:  # in `jax.shard_map`: it is placed
-        return x
-    mesh, rules = active
-    return jax.lax.with_sharding_constraint(x, logical_sharding(axes, x.shape, mesh, rules))
+        return None
+    return active
+
+
+def _ways(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """How many ways batch and length are split, where the length is and the shape is of them."""
+    active = _spread()
+    if active is None or len(shape) != 2 or not split_over("length"):
+        return None
+    over = (mesh_axes(name, *active) for name in ("batch", "length"))
+    batch, length = (math.prod(active[0].shape[axis] for axis in axes) for axes in over)
+    return None if shape[0] % batch or shape[1] % length else (batch, length)

@@ -41,7 +41,9 @@ OPTIONAL = ("model.query_key_norm", "model.norm", "model.final_norm")
 
 FREE_KEYS = (
     "mesh",
+    "rules",
     "log_every",
+    "norms_every",
     "validate_every",
     "validation_tokens",
     "checkpoint_every",

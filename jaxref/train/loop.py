@@ -7,7 +7,6 @@ import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from jaxref.train.checkpoints import CheckpointError, Checkpoints
 from jaxref.train.config import FREE_KEYS, ConfigError
 from jaxref.train.data import Corpus, load_corpus
 from jaxref.train.images import ImageSet, load_images
-from jaxref.train.program import Batch, Program, TrainState, build, class_logits
+from jaxref.train.losses import class_logits
+from jaxref.train.observe import NO_STEPS, Stopwatch, Trace, facts
+from jaxref.train.program import Batch, Program, TrainState, build
 from jaxref.train.quantized import directory, load_quantized, run_quantized
 from jaxref.train.records import (
     Records,
@@ -50,16 +51,23 @@ def default_workdir(config: ConfigDict) -> Path:
     return Path("runs") / f"{data}-{config.optimizer.name}-{digest}"
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
     """Trains to the last step, from the newest checkpoint if there is one, and shows the outcome.
 
-    The working directory then holds config.json, metrics.jsonl, TensorBoard events, checkpoints/,
-    loss.png and sample.txt, or predictions.png where the data are images. SIGTERM or Ctrl-C saves a
-    checkpoint and returns; a run that was killed continues from its newest checkpoint when it is
-    started again, and ends with the parameters, bit for bit, that it would have had.
+    The working directory then holds config.json, metrics.jsonl, starts.jsonl, TensorBoard events,
+    checkpoints/, loss.png and sample.txt, or predictions.png where the data are images. SIGTERM or
+    Ctrl-C saves a checkpoint and returns; a run that was killed continues from its newest
+    checkpoint when it is started again, and ends with the parameters, bit for bit, that it would
+    have had.
+
+    Args:
+      config: what to train, and how.
+      workdir: the working directory.
+      profile: steps of which the first process writes a trace to `workdir / "profile"`.
 
     Raises:
-      ConfigError, ValueError: a configuration that cannot be run, or other than the directory's.
+      ConfigError, ValueError: a configuration that cannot be run, or other than the directory's;
+        or steps to profile that have been taken.
       OSError: the directory cannot be written.
       CheckpointError: a checkpoint cannot be written, or none of those that exist can be read.
       NonFiniteError: `max_nonfinite_steps` steps in a row had a gradient that is not finite.
@@ -84,11 +92,24 @@ def train(config: ConfigDict, workdir: Path) -> None:
             described = validation.describe(**_last_validation(workdir, validation, state))
             print(f"This run is finished ({start} steps): validation {described}")
             return
+        if len(profile) > 0 and profile.start <= start:
+            raise ConfigError(
+                f"--profile must start after step {start}, from where this run continues, got "
+                f"{profile.start}:{profile.stop - 1}"
+            )
         if start > 0:
             print(f"Continuing after step {start}.")
-        rate = data.per_step(config)
         state, step = _run(
-            config, program, validation, checkpoints, workdir, batches, state, start, rate
+            config,
+            data,
+            program,
+            validation,
+            checkpoints,
+            workdir,
+            batches,
+            state,
+            start,
+            profile,
         )
     if step < config.steps:
         print(f"Terminated and saved at step {step}. The same command continues.")
@@ -204,6 +225,7 @@ class Validation:
 
 def _run(
     config: ConfigDict,
+    data: Data,
     program: Program,
     validation: Validation,
     checkpoints: Checkpoints,
@@ -211,47 +233,59 @@ def _run(
     batches: DatasetIterator,
     state: TrainState,
     start: int,
-    rate: tuple[int, str],
+    profile: range,
 ) -> tuple[TrainState, int]:
     """The steps after `start`, and the number of the last one taken."""
     primary = jax.process_index() == 0
+    count, per_second = data.per_step(config)
     step = start
     with contextlib.ExitStack() as stack:
         records = stack.enter_context(Records(workdir, resume_step=start)) if primary else None
+        if records is not None:
+            records.write_start(facts(program, state, data, validation.baselines))
+        trace = stack.enter_context(Trace(workdir / "profile", profile if primary else NO_STEPS))
         terminated = stack.enter_context(_termination())
         bar = stack.enter_context(_progress_bar(start, config.steps, disable=not primary))
-        since, logged = time.perf_counter(), start
+        watch, logged = Stopwatch(), start
         for step in range(start + 1, config.steps + 1):
-            batch = program.put(next(batches))
-            state, metrics = program.step(state, batch)
+            if trace.turns_before(step):
+                with watch.measure("aside", after=state):
+                    trace.turn()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with watch.measure("input"):
+                    batch = program.put(next(batches))
+                if config.norms_every and step % config.norms_every == 0:
+                    with watch.measure("aside", after=state):
+                        _write_norms(step, program.norms(state, batch), records)
+                state, metrics = program.step(state, batch)
             last, stop = step == config.steps, terminated()
             values: dict[str, float] = {}
             if step % config.log_every == 0 or last:
                 values = {name: float(value) for name, value in metrics._asdict().items()}
-                now = time.perf_counter()
-                speed = (step - logged) * rate[0] / (now - since)
-                values[rate[1]] = speed
+                seconds = watch.lap(step - logged)
+                speed = count / sum(seconds.values())
+                values |= {per_second: speed, **seconds}
                 values["learning_rate"] = float(program.schedule(step - 1))
                 values["nonfinite_steps"] = int(state.nonfinite)
-                since, logged = now, step
+                logged = step
                 bar.set_postfix_str(
                     f"loss {values['loss']:.3f}, lr {values['learning_rate']:.1e}, "
-                    f"{speed / 1000:.1f}k {rate[1].partition('_')[0]}/s",
+                    f"{speed / 1000:.1f}k {per_second.partition('_')[0]}/s",
                     refresh=False,
                 )
                 _stop_if_nonfinite(config, program, state, batch)
             bar.update()
             if step % config.validate_every == 0 or last:
-                pause = time.perf_counter()
-                measured = validation.measure(state)
+                with watch.measure("aside", after=state):
+                    measured = validation.measure(state)
                 values |= {f"validation_{name}": value for name, value in measured.items()}
-                since += time.perf_counter() - pause
                 if primary:
                     bar.write(f"step {step}: validation {validation.describe(**measured)}")
             if values and records is not None:
                 records.write(step, values)
             if step % config.checkpoint_every == 0 or last or stop:
-                checkpoints.save(step, state, batches, config=config.to_dict(), blocking=stop)
+                with watch.measure("save", after=state):
+                    checkpoints.save(step, state, batches, config=config.to_dict(), blocking=stop)
             if stop:
                 break
     return state, step
@@ -310,11 +344,20 @@ def _stop_if_nonfinite(
 
 def _named(flags: Any) -> list[str]:
     """The paths of the leaves that are true."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, flag in jax.tree_util.tree_leaves_with_path(flags)
-        if flag
-    ]
+    return [path for path, flag in _by_path(flags).items() if flag]
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _write_norms(step: int, norms: Any, records: Records | None) -> None:
+    of_parameters, of_gradients = map(_by_path, jax.device_get(norms))
+    if records is not None:
+        records.write_norms(step, parameters=of_parameters, gradients=of_gradients)
 
 
 def load(config: ConfigDict) -> Data:

@@ -5,7 +5,8 @@ can be called alone, in a test or a notebook, without the loop around them.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -22,8 +23,16 @@ from jaxref.core.checks import check_interval
 from jaxref.kernels import linear_softmax_cross_entropy
 from jaxref.nn import AuxiliaryLoss, GradientState, Loss
 from jaxref.nn.losses import OutputOfLoss, keeps_something
-from jaxref.parallel import logical_sharding, make_mesh, use_rules
+from jaxref.parallel import logical_sharding, make_mesh, mesh_axes, use_rules
+from jaxref.parallel.sharding import Rules
 from jaxref.train.config import ConfigError, resolve
+from jaxref.train.losses import (
+    build_loss,
+    build_loss_of_logits,
+    class_logits,
+    reads_one_score,
+    spread_over_vocabulary,
+)
 from jaxref.train.methods.frame import (
     Batch,
     Method,
@@ -33,7 +42,6 @@ from jaxref.train.methods.frame import (
     from_transformation,
 )
 
-TokenLoss = Callable[[Any, Batch, Array], Array]
 Merge = Callable[[Params, ModelState], Any]
 
 NO_STATE = ModelState({}, {})
@@ -101,26 +109,31 @@ class Program(NamedTuple):
         keeps nothing besides.
       merge: `merge(params, model_state) -> model`, in training.
       mesh: the devices.
+      rules: the mesh axes that logical axes are split over.
       schedule: learning rate by step.
       state_shardings: `TrainState` of shardings.
-      batch_sharding: sharding of each array of a batch.
+      abstract_batch: a batch to train on, as `jax.ShapeDtypeStruct`s with their shardings.
       init: `init(key) -> TrainState`.
       step: `step(state, batch) -> (state, Metrics)`; the given state is donated.
       evaluate: `evaluate(params, batch, model_state=None) -> Evaluation`.
       nonfinite_parameters: `nonfinite_parameters(state, batch)`: which parameters are not finite,
         and which gradients.
+      norms: `norms(state, batch)`: of each parameter, and of its gradient in the next step on this
+        batch.
     """
 
     graphdef: nnx.GraphDef
     merge: Merge
     mesh: Mesh
+    rules: Rules
     schedule: optax.Schedule
     state_shardings: TrainState
-    batch_sharding: NamedSharding
+    abstract_batch: Batch
     init: Callable[[Array], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[..., "Evaluation"]
     nonfinite_parameters: Callable[[TrainState, Batch], Any]
+    norms: Callable[[TrainState, Batch], Any]
 
     @property
     def abstract_state(self) -> TrainState:
@@ -138,12 +151,29 @@ class Program(NamedTuple):
         model.eval()
         return model
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Which rows of a batch this process's devices hold, ascending."""
+        ids = self.abstract_batch["ids"]
+        places = ids.sharding.addressable_devices_indices_map(ids.shape)
+        return np.unique(np.concatenate([np.arange(ids.size)[at] for at in places.values()]))
+
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        """This process's rows of a batch, as arrays sharded over the mesh."""
-        return {
-            name: jax.make_array_from_process_local_data(self.batch_sharding, rows)
-            for name, rows in batch.items()
-        }
+        """A batch as arrays sharded over the mesh, given this process's `rows` of it."""
+        return {name: self._put(name, array) for name, array in batch.items()}
+
+    def _put(self, name: str, array: np.ndarray) -> Array:
+        sharding = self.abstract_batch[name if name in self.abstract_batch else "targets"].sharding
+        if jax.process_count() == 1:
+            return jax.device_put(array, sharding)
+        shape = (self.abstract_batch["ids"].size, *array.shape[1:])
+        rows = self.rows
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return array[np.searchsorted(rows, np.arange(start, stop)), *index[1:]]
+
+        return jax.make_array_from_callback(shape, sharding, piece, dtype=array.dtype)
 
 
 def build(
@@ -153,6 +183,7 @@ def build(
     *,
     image_shape: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Program:
     """The program that a configuration describes, for text or for images.
 
@@ -162,6 +193,7 @@ def build(
       num_examples: number of examples to train on, for methods that keep something of each.
       image_shape: height, width and channels, for images.
       num_classes: number of classes, for images.
+      devices: what it runs on, or is compiled for. Default: all that there are.
 
     Raises:
       ConfigError: a component that does not exist, or arguments that it does not take, or that do
@@ -170,12 +202,9 @@ def build(
         the model's sizes.
     """
     _check_numbers(config)
-    mesh = make_mesh(config.mesh.to_dict())
-    if config.batch_size % (config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise ConfigError(
-            f"batch_size {config.batch_size} must be a multiple of accumulate x mesh.data x "
-            f"mesh.fsdp = {config.accumulate} x {mesh.shape['data']} x {mesh.shape['fsdp']}"
-        )
+    mesh = make_mesh(config.mesh.to_dict(), devices)
+    rules = config.rules.to_dict()
+    _check_splits(config, mesh, rules, is_text=image_shape is None)
     if image_shape is None:
         sizes: dict[str, Any] = {"vocab_size": vocab_size, "max_length": config.length}
         logits_shape: tuple[Any, ...] = (config.length, vocab_size)
@@ -277,15 +306,14 @@ def build(
         )
 
     state_shardings = _state_shardings(
-        jax.eval_shape(init, jax.random.key(0)), variables, method, mesh
+        jax.eval_shape(init, jax.random.key(0)), variables, method, mesh, rules
     )
-    batch_sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    traced = partial(within, mesh)
+    traced = partial(within, mesh, rules)
     step = make_step(problem, method, average_decay=config.average_decay)
     replicated = NamedSharding(mesh, PartitionSpec())
     measure = jax.jit(
         traced(partial(evaluate, merge)),
-        in_shardings=(state_shardings.params, batch_sharding, state_shardings.model_state),
+        in_shardings=(state_shardings.params, None, state_shardings.model_state),
         out_shardings=replicated,
     )
 
@@ -298,20 +326,26 @@ def build(
         graphdef=graphdef,
         merge=merge,
         mesh=mesh,
+        rules=rules,
         schedule=schedule,
         state_shardings=state_shardings,
-        batch_sharding=batch_sharding,
+        abstract_batch=_abstract_batch(config, mesh, rules, image_shape),
         init=jax.jit(init, out_shardings=state_shardings),
         step=jax.jit(
             traced(step),
-            in_shardings=(state_shardings, batch_sharding),
+            in_shardings=(state_shardings, None),
             out_shardings=(state_shardings, replicated),
             donate_argnums=0,
         ),
         evaluate=evaluated,
         nonfinite_parameters=jax.jit(
             traced(partial(nonfinite_parameters, problem)),
-            in_shardings=(state_shardings, batch_sharding),
+            in_shardings=(state_shardings, None),
+            out_shardings=replicated,
+        ),
+        norms=jax.jit(
+            traced(partial(norms, problem, variables)),
+            in_shardings=(state_shardings, None),
             out_shardings=replicated,
         ),
     )
@@ -360,17 +394,12 @@ def _check_loss(config: ConfigDict, model: Any, num_classes: int | None) -> None
                     f"loss.name={config.loss.name} trains an output matrix of its own, once for "
                     f"every batch: set {key}={right}"
                 )
-    if _reads_one_score(asked) and num_classes != 2:
+    if reads_one_score(asked) and num_classes != 2:
         raise ConfigError(
             f"loss.name={config.loss.name} is of decisions between two classes, and "
             f"data.name={config.data.name} has {num_classes or 'tokens'}; name the classes to tell "
             "from the others in data.positive_classes"
         )
-
-
-def _reads_one_score(asked: Iterable[str]) -> bool:
-    """Whether a loss, by the names of its arguments, is of a single score for each example."""
-    return next(iter(asked)) in ("scores", "probabilities")
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
@@ -400,77 +429,6 @@ def build_method(config: ConfigDict, schedule: optax.Schedule, **given: Any) -> 
         raise ValueError(f"num_examples must be given for {config.optimizer.name}, got None")
     made = optimizer(**{name: value for name, value in given.items() if name in asked})
     return made if isinstance(made, Method) else from_transformation(made, config.clip_norm)
-
-
-def build_loss(config: ConfigDict) -> TokenLoss:
-    """The loss per token, or image, of a batch, by what the function asks for.
-
-    A loss with an argument `hidden` reads hidden states and output matrix (the logits never
-    exist), or keeps the matrix itself, in the place of the model's, and trains it at its own
-    `learning_rate`, by default the run's. One whose first argument is `scores` reads the log-odds
-    of the second of two classes, one with `probabilities` its probability, one with `values` what
-    all logits but the last exceed that by; any other reads logits. An argument `key` is given a
-    random key, `indices` the examples' places in the training set.
-    """
-    function = resolve(config, "loss")
-    parameters = inspect.signature(function).parameters
-
-    def loss(model: Any, batch: Batch, key: Array) -> Array:
-        keywords = {}
-        if "key" in parameters:
-            key, keywords["key"] = jax.random.split(key)
-        if "indices" in parameters:
-            keywords["indices"] = batch["ids"]
-        if "hidden" in parameters:
-            hidden = model.hidden(batch["inputs"], key=key)
-            if keeps_something(function):
-                return model.loss(hidden, batch["targets"], **keywords)
-            return function(hidden, model.output_kernel(), batch["targets"], **keywords)
-        predictions = _predictions(parameters, model(batch["inputs"], key=key))
-        called = model.loss if keeps_something(function) else function
-        return called(predictions, batch["targets"], **keywords)
-
-    return loss
-
-
-def _predictions(asked: Iterable[str], logits: Array) -> Array:
-    """What a loss with these arguments reads of a model's logits."""
-    first = next(iter(asked))
-    if first == "values":
-        return logits[..., :-1] - logits[..., -1:]
-    if not _reads_one_score(asked):
-        return logits
-    scores = logits[..., 1] - logits[..., 0]
-    return jax.nn.sigmoid(scores) if first == "probabilities" else scores
-
-
-def class_logits(model: Any, inputs: Array) -> Array:
-    """Logits of the classes: log-probabilities, where the loss has learned a link to them."""
-    logits = model(inputs)
-    loss = getattr(model, "loss", None)
-    if loss is None or loss.link is None:
-        return logits
-    asked = inspect.signature(loss.function).parameters
-    return loss.log_probabilities(_predictions(asked, logits))
-
-
-def build_loss_of_logits(config: ConfigDict) -> Callable[[Array, Batch], Array]:
-    """The loss per token, or image, as a function of the logits; one that reads hidden states is
-    cross-entropy."""
-    function = resolve(config, "loss")
-    parameters = inspect.signature(function).parameters
-    if "hidden" in parameters:
-        function = optax.losses.softmax_cross_entropy_with_integer_labels
-
-    def loss(logits: Array, batch: Batch) -> Array:
-        if "key" in parameters or keeps_something(function):
-            raise ConfigError(
-                f"loss.name: {config.loss.name} draws random numbers or keeps something, which "
-                f"optimizer.name={config.optimizer.name} cannot give it"
-            )
-        return function(_predictions(parameters, logits), batch["targets"])
-
-    return loss
 
 
 def make_step(
@@ -529,9 +487,8 @@ def evaluate(merge: Merge, params: Params, batch: Batch, model_state: ModelState
             )
             nats = jnp.where(batch["where"], nats, 0.0)
         else:
-            nats = linear_softmax_cross_entropy(
-                hidden, model.output_kernel(), batch["targets"], where=batch["where"]
-            )
+            cross_entropy = spread_over_vocabulary(linear_softmax_cross_entropy)
+            nats = cross_entropy(hidden, model.output_kernel(), batch["targets"], batch["where"])
         return Evaluation(jnp.sum(nats, dtype=jnp.float32), jnp.sum(batch["where"]), None)
     logits = class_logits(model, batch["inputs"]).astype(jnp.float32)
     nats = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
@@ -552,15 +509,81 @@ def nonfinite_parameters(problem: Problem, state: TrainState, batch: Batch) -> A
     return jax.tree.map(lambda x: ~jnp.isfinite(x).all(), (state.params, gradient))
 
 
+def norms(problem: Problem, variables: nnx.State, state: TrainState, batch: Batch) -> Any:
+    """The norm of each parameter, and of its gradient in the next step on this batch: a scalar, or
+    `[layers]` where an axis of the `variables`, the model's, is "layers"."""
+    key = jax.random.fold_in(state.key, state.step)
+    problem = problem._replace(model_state=state.model_state)
+    _, gradient, _ = problem.value_and_grad(state.params, batch, key)
+    axes = [
+        variable.get_metadata()["axes"]
+        for variable in jax.tree.leaves(variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    ]
+
+    def norm(x: Array, axes: tuple[str | None, ...]) -> Array:
+        within = tuple(i for i, axis in enumerate(axes) if axis != "layers")
+        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=within))
+
+    def of_tree(tree: Params) -> Params:
+        leaves, structure = jax.tree.flatten(tree)
+        return jax.tree.unflatten(structure, [norm(x, a) for x, a in zip(leaves, axes)])
+
+    return of_tree(state.params), of_tree(gradient)
+
+
 def _check_numbers(config: ConfigDict) -> None:
     """Raises where a number that no function below checks is out of range."""
     counts = ("steps", "accumulate", "log_every", "validate_every", "checkpoint_every")
     for name in (*counts, "max_nonfinite_steps"):
         check_interval(1, jnp.inf, **{name: config[name]})
-    check_interval(0, jnp.inf, clip_norm=config.clip_norm)
+    check_interval(0, jnp.inf, clip_norm=config.clip_norm, norms_every=config.norms_every)
     check_interval(0, 1, closed="left", average_decay=config.average_decay)
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype must be float32 or bfloat16, got {config.dtype!r}")
+
+
+def _check_splits(config: ConfigDict, mesh: Mesh, rules: Rules, *, is_text: bool) -> None:
+    """Raises where a batch cannot be split as the mesh and the rules say."""
+    for name in rules:
+        mesh_axes(name, mesh, rules)  # which exist
+    over = mesh_axes("batch", mesh, rules)
+    parts = {"accumulate": config.accumulate} | {f"mesh.{a}": mesh.shape[a] for a in over}
+    if config.batch_size % math.prod(parts.values()):
+        raise ConfigError(
+            f"batch_size {config.batch_size} must be a multiple of {' x '.join(parts)} = "
+            f"{' x '.join(map(str, parts.values()))}"
+        )
+    over = mesh_axes("length", mesh, rules)
+    ways = math.prod(mesh.shape[axis] for axis in over)
+    if over and not is_text:
+        raise ConfigError(f"mesh.{over[0]} splits sequences of text, and the data are images")
+    if config.length % ways:
+        raise ConfigError(
+            f"length {config.length} must be a multiple of the {ways} parts that mesh axes "
+            f"{list(over)} split it into"
+        )
+
+
+def _abstract_batch(
+    config: ConfigDict, mesh: Mesh, rules: Rules, image_shape: tuple[int, ...] | None
+) -> Batch:
+    rows, length = config.batch_size, config.length
+    tokens = ((rows, length), jnp.int32)
+    images = ((rows, *(image_shape or ())), jnp.float32)
+    ids = ((rows,), jnp.int32)
+    of_text = image_shape is None
+    shapes = {
+        "inputs": tokens if of_text else images,
+        "targets": tokens if of_text else ids,
+        "ids": ids,
+    }
+
+    def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        axes = ("batch", "length" if of_text else None, None, None)[: len(shape)]
+        sharding = logical_sharding(axes, shape, mesh, rules)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return {name: abstract(*shape) for name, shape in shapes.items()}
 
 
 def _state_shardings(
@@ -568,6 +591,7 @@ def _state_shardings(
     variables: nnx.State,
     method: Method,
     mesh: Mesh,
+    rules: Rules,
 ) -> TrainState:
     """Parameters by their logical axes; what the method keeps of a parameter's shape, alike."""
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -575,7 +599,7 @@ def _state_shardings(
     def by_axes(path: Any, variable: nnx.Variable) -> NamedSharding:
         shape = variable.get_value().shape
         try:
-            return logical_sharding(variable.get_metadata()["axes"], shape, mesh)
+            return logical_sharding(variable.get_metadata()["axes"], shape, mesh, rules)
         except ValueError as error:
             raise ValueError(f"{jax.tree_util.keystr(path)} of shape {shape}: {error}") from error
 
@@ -606,12 +630,12 @@ def _state_shardings(
     )
 
 
-def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def within(mesh: Mesh, rules: Rules, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, traced with the activations' sharding rules in force."""
 
     @wraps(function)
     def traced(*args: Any) -> Any:
-        with use_rules(mesh):
+        with use_rules(mesh, rules):
             return function(*args)
 
     return traced

@@ -157,7 +157,7 @@ def quantized_model(config: ConfigDict, data: Data, program: Program, model: Any
     model = nnx.merge(graphdef, jax.device_put(state, replicated(program)))
 
     def call(model: Any, batch: Batch) -> Array:
-        with use_rules(program.mesh):
+        with use_rules(program.mesh, program.rules):
             run = getattr(model, "hidden", model)
             return run(batch["inputs"])
 

@@ -86,8 +86,12 @@ def run_quantized(program: Program, model: Any, step: int) -> tuple[Program, Tra
         return nnx.merge(graphdef, params)
 
     measure = jax.jit(
-        within(program.mesh, lambda params, batch: evaluate(merge, params, batch, NO_STATE)),
-        in_shardings=(everywhere, program.batch_sharding),
+        within(
+            program.mesh,
+            program.rules,
+            lambda params, batch: evaluate(merge, params, batch, NO_STATE),
+        ),
+        in_shardings=(everywhere, None),
         out_shardings=everywhere,
     )
 

@@ -57,7 +57,7 @@ def devices(monkeypatch):
     """`devices(n)`: programs that are built from now on have the first n devices, at first one."""
 
     def use(count):
-        mesh = lambda sizes: make_mesh(sizes, jax.devices()[:count])
+        mesh = lambda sizes, _: make_mesh(sizes, jax.devices()[:count])
         monkeypatch.setattr(program, "make_mesh", mesh)
 
     use(1)

@@ -12,8 +12,9 @@ from jaxref.nn import AuxiliaryLoss, GradientState
 from jaxref.optimizers import ScaleByAdamState
 from jaxref.parallel import make_mesh
 from jaxref.train.config import ConfigError, load_config
+from jaxref.train.losses import build_loss
 from jaxref.train.methods.frame import Problem
-from jaxref.train.program import build, build_loss, build_method, build_schedule, split_model
+from jaxref.train.program import build, build_method, build_schedule, split_model
 
 SGD = ("optimizer.name=sgd", "schedule.name=constant_schedule", "schedule.value=0.5")
 
@@ -47,7 +48,7 @@ def trace_step(program, batch):
 
 def on_one_device(config):
     with pytest.MonkeyPatch.context() as patch:
-        mesh = lambda sizes: make_mesh(sizes, jax.devices()[:1])
+        mesh = lambda sizes, _: make_mesh(sizes, jax.devices()[:1])
         patch.setitem(build.__globals__, "make_mesh", mesh)
         return build(config, 256)
 

@@ -50,8 +50,20 @@ def get_config() -> ConfigDict:
                 "peak_value": 7e-3,
                 "end_value": 0.0,
             },  # warmup_steps and decay_steps: a tenth of the steps, and all of them
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1},
+            "rules": {  # the mesh axes that each axis of an array is split over
+                "batch": ["data", "fsdp", "expert"],
+                "length": ["sequence"],
+                "stream": [],  # rows between layers, within a device: ["tensor"] saves memory
+                "embed": ["fsdp"],
+                "heads": ["tensor"],
+                "kv_heads": ["tensor"],
+                "mlp": ["tensor"],
+                "vocabulary": ["tensor"],
+                "expert": ["expert"],
+            },
             "log_every": 10,
+            "norms_every": 0,  # steps between norms of each parameter and gradient; 0 for never
             "validate_every": 150,
             "validation_tokens": 2**18,  # at most; more than are held out here
             "checkpoint_every": 150,

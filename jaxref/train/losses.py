@@ -1,0 +1,126 @@
+"""The training loss of a run, and what it reads of a model."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from jaxref.nn.losses import keeps_something
+from jaxref.parallel import on_shards, split_over
+from jaxref.train.config import ConfigError, resolve
+from jaxref.train.methods.frame import Batch
+
+TokenLoss = Callable[[Any, Batch, Array], Array]
+
+
+def build_loss(config: ConfigDict) -> TokenLoss:
+    """The loss per token, or image, of a batch, by what the function asks for.
+
+    A loss with an argument `hidden` reads hidden states and output matrix (the logits never
+    exist), or keeps the matrix itself, in the place of the model's, and trains it at its own
+    `learning_rate`, by default the run's. One whose first argument is `scores` reads the log-odds
+    of the second of two classes, one with `probabilities` its probability, one with `values` what
+    all logits but the last exceed that by; any other reads logits. An argument `key` is given a
+    random key, `indices` the examples' places in the training set.
+    """
+    function = resolve(config, "loss")
+    parameters = inspect.signature(function).parameters
+    of_states = spread_over_vocabulary(function) if "axis_name" in parameters else function
+
+    def loss(model: Any, batch: Batch, key: Array) -> Array:
+        keywords = {}
+        if "key" in parameters:
+            key, keywords["key"] = jax.random.split(key)
+        if "indices" in parameters:
+            keywords["indices"] = batch["ids"]
+        if "hidden" in parameters:
+            hidden = model.hidden(batch["inputs"], key=key)
+            if keeps_something(function):
+                return model.loss(hidden, batch["targets"], **keywords)
+            return of_states(hidden, model.output_kernel(), batch["targets"], **keywords)
+        predictions = _predictions(parameters, model(batch["inputs"], key=key))
+        called = model.loss if keeps_something(function) else function
+        return called(predictions, batch["targets"], **keywords)
+
+    return loss
+
+
+def _predictions(asked: Iterable[str], logits: Array) -> Array:
+    """What a loss with these arguments reads of a model's logits."""
+    first = next(iter(asked))
+    if first == "values":
+        return logits[..., :-1] - logits[..., -1:]
+    if not reads_one_score(asked):
+        return logits
+    scores = logits[..., 1] - logits[..., 0]
+    return jax.nn.sigmoid(scores) if first == "probabilities" else scores
+
+
+def class_logits(model: Any, inputs: Array) -> Array:
+    """Logits of the classes: log-probabilities, where the loss has learned a link to them."""
+    logits = model(inputs)
+    loss = getattr(model, "loss", None)
+    if loss is None or loss.link is None:
+        return logits
+    asked = inspect.signature(loss.function).parameters
+    return loss.log_probabilities(_predictions(asked, logits))
+
+
+def build_loss_of_logits(config: ConfigDict) -> Callable[[Array, Batch], Array]:
+    """The loss per token, or image, as a function of the logits; one that reads hidden states is
+    cross-entropy."""
+    function = resolve(config, "loss")
+    parameters = inspect.signature(function).parameters
+    if "hidden" in parameters:
+        function = optax.losses.softmax_cross_entropy_with_integer_labels
+
+    def loss(logits: Array, batch: Batch) -> Array:
+        if "key" in parameters or keeps_something(function):
+            raise ConfigError(
+                f"loss.name: {config.loss.name} draws random numbers or keeps something, which "
+                f"optimizer.name={config.optimizer.name} cannot give it"
+            )
+        return function(_predictions(parameters, logits), batch["targets"])
+
+    return loss
+
+
+def spread_over_vocabulary(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A loss `(hidden, kernel, targets, *, where=None, axis_name)`, of which each device computes
+    that of its tokens, over its part of the vocabulary: no logits are exchanged.
+
+    The features of the matrix are gathered from wherever they are, in the type of the states.
+    """
+
+    def loss(hidden: Array, kernel: Array, targets: Array, where: Array | None = None) -> Array:
+        over_features, over_vocabulary = split_over("embed"), split_over("vocabulary")
+
+        def on_each(hidden: Array, kernel: Array, targets: Array, where: Array | None) -> Array:
+            if over_features:
+                kernel = kernel.astype(hidden.dtype)
+                kernel = jax.lax.all_gather(kernel, over_features, axis=0, tiled=True)
+            return function(hidden, kernel, targets, where=where, axis_name=over_vocabulary or None)
+
+        tokens = ("batch", "length")
+        spread = on_shards(
+            on_each,
+            [
+                (*tokens, None),
+                ("embed", "vocabulary"),
+                tokens,
+                None if where is None else tokens,
+            ],
+            tokens,
+        )
+        return spread(hidden, kernel, targets, where)
+
+    return loss
+
+
+def reads_one_score(asked: Iterable[str]) -> bool:
+    """Whether a loss, by the names of its arguments, is of a single score for each example."""
+    return next(iter(asked)) in ("scores", "probabilities")
