@@ -20,6 +20,7 @@ from jaxref.parallel import constrain, merge_rows, split_rows
 
 TransformerConfig = Any  # that of jaxref.models.transformer, which imports this file
 Call = Callable[..., tuple[Array, Any]]
+Policy = Callable[..., Any]
 
 STREAM = ("batch", "length", "stream")
 """What the rows of the stream are split over. A rule for "stream" splits those of a device further:
@@ -306,7 +307,7 @@ def run_blocks(
     *,
     keys: Array | None = None,
     caches: Sequence[Any] | None = None,
-    remat: bool = False,
+    remat: Policy | None = None,
 ) -> tuple[Array, list[Any]]:
     """The stream after all layers, one after the other; stacked blocks by `lax.scan`.
 
@@ -316,7 +317,8 @@ def run_blocks(
       call: `call(block, x, key, index, cache) -> (x, cache)`, with the layer's number from 1.
       keys: random keys, one for each layer.
       caches: one for each block; of a stacked block, with a leading axis.
-      remat: recompute each layer in the backward pass.
+      remat: recompute each layer in the backward pass, but for what the policy keeps. Default:
+        keep all.
 
     Returns:
       The stream, and the new caches.
@@ -329,9 +331,9 @@ def run_blocks(
             index = np.arange(first + 1, first + block.depth + 1)
             inputs: Any = (None if keys is None else keys[layers], index, cache)
             x, output = _run_apart(block, x, call, inputs, remat=remat, scan=True)
-        elif remat:
+        elif remat is not None:
             inputs = (None if keys is None else keys[first], first + 1, cache)
-            x, output = _run_apart(block, x, call, inputs, remat=True, scan=False)
+            x, output = _run_apart(block, x, call, inputs, remat=remat, scan=False)
         else:
             x, output = call(block, x, None if keys is None else keys[first], first + 1, cache)
         outputs.append(output)
@@ -340,7 +342,7 @@ def run_blocks(
 
 
 def _run_apart(
-    block: Block, x: Array, call: Call, inputs: Any, *, remat: bool, scan: bool
+    block: Block, x: Array, call: Call, inputs: Any, *, remat: Policy | None, scan: bool
 ) -> tuple[Array, Any]:
     # Not nnx.remat or nnx.scan, which write the parameters back: that forbids a model from outside
     # the trace. What the layers write themselves, statistics, comes back beside the stream.
@@ -352,8 +354,8 @@ def _run_apart(
         x, cache = call(layer, x, key, index, cache)
         return x, (nnx.state(layer, nnx.Not(nnx.Param)), cache)
 
-    if remat:
-        step = jax.checkpoint(step, prevent_cse=not scan)
+    if remat is not None:
+        step = jax.checkpoint(step, prevent_cse=not scan, policy=remat)
     run: Any = partial(jax.lax.scan, step) if scan else step
     x, (moved, output) = run(x, (leaves, inputs))
     if jax.tree.leaves(moved):

@@ -32,6 +32,12 @@ from jaxref.parallel import constrain, merge_rows, split_rows
 
 ARCHITECTURES = ("decoder", "encoder", "prefix", "encoder_decoder")
 NORM_PLACEMENTS = ("pre", "post", "peri", "sandwich", "mix", "deep_norm")
+REMAT_POLICIES = (
+    "nothing_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "dots_saveable",
+    "everything_saveable",
+)
 POSITIONS = ("rotary", "learned", "alibi", "rotary_alibi", None)
 
 
@@ -74,6 +80,9 @@ class TransformerConfig:
       tie_embeddings: the output matrix is the transposed embedding.
       dropout: rate in [0, 1) on each sublayer's output, where a key is given.
       remat: recompute each block in the backward pass instead of keeping its activations.
+      remat_policy: what is kept all the same: "nothing_saveable", or another policy of
+        `jax.checkpoint_policies`: "dots_with_no_batch_dims_saveable", "dots_saveable" or
+        "everything_saveable".
       scan_layers: stack the parameters of equal layers and run them by `lax.scan`, so that the
         time to compile does not grow with depth.
       dtype, param_dtype: types to compute in (None: the parameters') and of the parameters.
@@ -133,6 +142,7 @@ class TransformerConfig:
     tie_embeddings: bool = False
     dropout: float = 0.0
     remat: bool = False
+    remat_policy: str = "nothing_saveable"
     scan_layers: bool = False
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -157,6 +167,7 @@ class TransformerConfig:
             ("architecture", ARCHITECTURES),
             ("norm_placement", NORM_PLACEMENTS),
             ("positions", POSITIONS),
+            ("remat_policy", REMAT_POLICIES),
         ):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
@@ -585,7 +596,10 @@ class Transformer(nnx.Module):
             return x, x if keep else None
 
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
-        last, after = run_blocks(blocks, x, call, keys=keys, remat=self.config.remat)
+        policy = getattr(jax.checkpoint_policies, self.config.remat_policy)
+        last, after = run_blocks(
+            blocks, x, call, keys=keys, remat=policy if self.config.remat else None
+        )
         if not keep:
             return last, None
         states = jnp.concatenate([x[None], *(layers.reshape(-1, *x.shape) for layers in after)])

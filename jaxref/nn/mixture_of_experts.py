@@ -17,6 +17,7 @@ from jaxref.losses import load_balance_loss
 from jaxref.nn.linear import Linear
 from jaxref.nn.mlp import MLP, is_module_class
 from jaxref.nn.variables import AuxiliaryLoss
+from jaxref.parallel import constrain
 
 
 class RouterOutput(NamedTuple):
@@ -181,11 +182,7 @@ def mixture_of_experts_ffn(
     check_shape((x.shape[0], num_experts, *dispatch.shape[2:]), dispatch=dispatch)
     if dispatch.ndim == 2:
         return _every_expert(x, params, combine, activation)
-    wide = compute_dtype(x)
-    inputs = jnp.einsum("teb,td->ebd", dispatch.astype(x.dtype), x)
-    outputs = jax.vmap(lambda x, expert: _expert(x, expert, activation))(inputs, params)
-    y = jnp.einsum("teb,ebd->td", combine.astype(x.dtype), outputs, preferred_element_type=wide)
-    return y.astype(x.dtype)
+    return _dispatched(x[None], params, dispatch[None], combine[None], activation)[0]
 
 
 def enforced_routing_mlp(
@@ -301,6 +298,36 @@ def _every_expert(
     return jax.lax.scan(add, zeros, (params, gates.T.astype(zeros.dtype)))[0].astype(x.dtype)
 
 
+def _dispatched(
+    x: Array,
+    params: ExpertParameters,
+    dispatch: Array,
+    combine: Array,
+    activation: Callable[..., Any],
+) -> Array:
+    """Σ_i gates_i e_i(x) of groups of tokens, `x [groups, tokens, features]`, each with places of
+    its own at each expert: `dispatch` and `combine [groups, tokens, E, capacity]`.
+
+    Where groups and experts are spread over devices, tokens go to their experts' devices and back.
+    """
+
+    def place(rows: Array, experts: str | None) -> Array:
+        return constrain(rows, experts, "batch", None, None) if len(x) > 1 else rows
+
+    def expert(rows: Array, expert: ExpertParameters) -> Array:
+        return _expert(rows.reshape(-1, x.shape[-1]), expert, activation).reshape(rows.shape)
+
+    inputs = place(jnp.einsum("gteb,gtd->egbd", dispatch.astype(x.dtype), x), None)
+    outputs = place(jax.vmap(expert)(place(inputs, "expert"), params), "expert")
+    y = jnp.einsum(
+        "gteb,egbd->gtd",
+        combine.astype(x.dtype),
+        place(outputs, None),
+        preferred_element_type=compute_dtype(x),
+    )
+    return y.astype(x.dtype)
+
+
 class _Stack(nnx.Module):
     """The kernels, and biases, of one linear map of every expert."""
 
@@ -380,9 +407,9 @@ class MixtureOfExperts(_Experts):
 
     with experts e_i of the form of `MLP`. In training each expert has room for
 
-        capacity = ceil(capacity_factor · K · tokens / E)
+        capacity = ceil(capacity_factor · K · group_size / E)
 
-    tokens, noise ε explores where a key is given, and `auxiliary_loss` is what keeps the experts
+    tokens of each group, noise ε explores where a key is given, and `auxiliary_loss` is what keeps the experts
     equally busy. In evaluation no token is dropped, and nothing is random or stored. `train()` and
     `eval()` of this or any enclosing module say which it is.
 
@@ -392,6 +419,9 @@ class MixtureOfExperts(_Experts):
       num_experts: E. Default 4.
       top_k: K in [1, E], experts per token. Default 2.
       capacity_factor: above 0; at E / K nothing can be dropped. Default 1.2.
+      group_size: consecutive tokens that compete for places at the experts, a divisor of the number
+        of tokens. Default: all of them; then the memory of the dispatch grows with the square of
+        the tokens. Where devices share the experts, each must have whole groups.
       activation: an elementwise function of the hidden units, or the class of a module that is one,
         shared by the experts. Default GELU.
       gated: the gated form of `MLP`.
@@ -434,6 +464,7 @@ class MixtureOfExperts(_Experts):
         num_experts: int = 4,
         top_k: int = 2,
         capacity_factor: float = 1.2,
+        group_size: int | None = None,
         activation: Callable[..., Any] = jax.nn.gelu,
         gated: bool = False,
         noise_std: float | None = None,
@@ -463,6 +494,9 @@ class MixtureOfExperts(_Experts):
         check_interval(0, jnp.inf, balance_coefficient=balance_coefficient)
         if noise_std is not None:
             check_interval(0, jnp.inf, noise_std=noise_std)
+        if group_size is not None:
+            check_interval(1, jnp.inf, group_size=group_size)
+        self.group_size = group_size
         self.top_k, self.capacity_factor, self.noise_std = top_k, capacity_factor, noise_std
         self.balance_coefficient = balance_coefficient
         self.router = Linear(
@@ -482,21 +516,44 @@ class MixtureOfExperts(_Experts):
         logits, params = self.router(rows), self.parameters()
         if self.deterministic:
             routed = top_k_router(logits, self.top_k)
-        else:
-            routed = top_k_router(
+            y = mixture_of_experts_ffn(rows, params, routed, activation=self.activation)
+            return y.reshape(x.shape)
+        groups = self._groups(len(rows))
+
+        def route(logits: Array, key: Array | None) -> RouterOutput:
+            return top_k_router(
                 logits,
                 self.top_k,
                 key=key,
                 noise_std=self.noise_std,
-                capacity=self.capacity(len(rows)),
+                capacity=self.capacity(len(logits)),
             )
-            balance = load_balance_loss(routed.probabilities, routed.assignment)
-            self.auxiliary_loss[...] = self.balance_coefficient * balance
-        y = mixture_of_experts_ffn(rows, params, routed, activation=self.activation)
+
+        keys = None if key is None else jax.random.split(key, groups)
+        routed = jax.vmap(route)(logits.reshape(groups, -1, self.num_experts), keys)
+        balance = load_balance_loss(
+            routed.probabilities.reshape(-1, self.num_experts),
+            routed.assignment.reshape(-1, self.top_k),
+        )
+        self.auxiliary_loss[...] = self.balance_coefficient * balance
+        y = _dispatched(
+            rows.reshape(groups, -1, x.shape[-1]),
+            params,
+            routed.dispatch,
+            routed.combine,
+            self.activation,
+        )
         return y.reshape(x.shape)
 
+    def _groups(self, tokens: int) -> int:
+        size = tokens if self.group_size is None else self.group_size
+        if tokens % size:
+            raise ValueError(f"group_size must divide the {tokens} tokens, got {size}")
+        return tokens // size
+
     def capacity(self, tokens: int) -> int:
-        """Places per expert in training on so many tokens: at least 1, and no more than tokens."""
+        """Places per expert in training on a group of so many tokens: at least 1, and no more than
+        tokens."""
         wanted = self.capacity_factor * self.top_k * tokens / self.num_experts
         return max(1, min(tokens, math.ceil(round(wanted, 6))))  # 1.1 · 10 is a little above 11
 

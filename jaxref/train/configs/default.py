@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
                 "tie_embeddings": False,
                 "dropout": 0.0,
                 "remat": False,
+                "remat_policy": "nothing_saveable",  # what is not recomputed: see TransformerConfig
             },
             "loss": {"name": "linear_softmax_cross_entropy"},
             "optimizer": {"name": "adamw", "b2": 0.99, "weight_decay": 0.1},
