@@ -35,7 +35,7 @@ DEFAULT_RULES: Rules = {
 their embedding axis, over tensor along heads, hidden units or vocabulary, and over expert. A name
 that is not here is not split."""
 
-_active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
+_active: contextvars.ContextVar[tuple[Mesh | AbstractMesh, Rules] | None] = contextvars.ContextVar(
     "active sharding rules", default=None
 )
 
@@ -142,7 +142,7 @@ def logical_sharding(
 
 
 @contextlib.contextmanager
-def use_rules(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
+def use_rules(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
     """Within this context, `constrain` and `on_shards` split activations over `mesh` by `rules`.
 
     Enter it inside the function that is jitted, around the call of the model: a trace that was
@@ -165,6 +165,35 @@ def use_rules(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+@contextlib.contextmanager
+def mapped_over(axis: str) -> Iterator[None]:
+    """Within this context the rules in force leave a mesh axis out.
+
+    For a function under `jax.vmap(..., spmd_axis_name=axis)`, whose mapped axis takes that one:
+    what the function splits is split over the others.
+
+    Args:
+      axis: the name of a mesh axis.
+
+    Returns:
+      A context manager.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "fsdp"))
+      >>> with use_rules(mesh), mapped_over("data"):
+      ...     print(split_over("batch"))
+      ('fsdp',)
+    """
+    active = _active.get()
+    if active is None:
+        yield
+        return
+    mesh, rules = active
+    others = {name: [a for a in axes if a != axis] for name, axes in rules.items()}
+    with use_rules(mesh, others):
+        yield
 
 
 def constrain(x: Array, *axes: Name) -> Array:
@@ -303,7 +332,7 @@ def split_rows(rows: Array, shape: tuple[int, ...]) -> Array:
     return x.swapaxes(1, 2).reshape(*shape, *rest)
 
 
-def _spread() -> tuple[Mesh, Rules] | None:
+def _spread() -> tuple[Mesh | AbstractMesh, Rules] | None:
     """Mesh and rules, where there is something to split."""
     active = _active.get()
     if active is None or active[0].size == 1:

@@ -308,6 +308,7 @@ def build(
     state_shardings = _state_shardings(
         jax.eval_shape(init, jax.random.key(0)), variables, method, mesh, rules
     )
+    problem = problem._replace(shardings=state_shardings.params)
     traced = partial(within, mesh, rules)
     step = make_step(problem, method, average_decay=config.average_decay)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -622,7 +623,7 @@ def _state_shardings(
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     if method.shardings is not None:
-        opt_state = method.shardings(state.opt_state, mesh, opt_state)
+        opt_state = method.shardings(state.opt_state, shardings, opt_state)
     return jax.tree.map(lambda _: replicated, state)._replace(
         params=shardings,
         opt_state=opt_state,

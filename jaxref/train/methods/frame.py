@@ -46,6 +46,7 @@ class Problem(NamedTuple):
       stateful_losses: for a model with statistics, `(params, model_state, batch, key) ->
         (token losses, the next statistics)`; None for others.
       model_state: the statistics that the batch meets.
+      shardings: where each parameter lives.
     """
 
     token_losses: BatchFunction
@@ -54,6 +55,7 @@ class Problem(NamedTuple):
     accumulate: int = 1
     stateful_losses: Callable[[Params, ModelState, Batch, Array], tuple[Array, Any]] | None = None
     model_state: ModelState | None = None
+    shardings: Params | None = None
 
     def loss(self, params: Params, batch: Batch, key: Array) -> Array:
         """The mean loss over the batch's tokens."""
@@ -153,14 +155,15 @@ class Method(NamedTuple):
       init: `init(params) -> state`, a tree of arrays.
       update: `update(problem, params, state, batch, key, step) -> Outcome`. `key` is of this step
         alone, `step` counts from 0.
-      shardings: `shardings(state, mesh, default) -> tree of shardings`: where the state lives,
-        given the shapes and the default, which is like the parameters for what is stored for each
-        of them in its shape, and replicated for the rest. None takes the default.
+      shardings: `shardings(state, params, default) -> tree of shardings`: where the state lives,
+        given the shapes, where the parameters live, and the default, which is like the parameters
+        for what is stored for each of them in its shape, and replicated for the rest. None takes
+        the default.
     """
 
     init: Callable[[Params], Any]
     update: Callable[[Problem, Params, Any, Batch, Array, Array], Outcome]
-    shardings: Callable[[Any, Mesh, Any], Any] | None = None
+    shardings: Callable[[Any, Params, Any], Any] | None = None
 
 
 def from_transformation(optimizer: optax.GradientTransformation, clip_norm: float = 0.0) -> Method:

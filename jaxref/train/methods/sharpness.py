@@ -136,7 +136,7 @@ def saf(
         memory = optimizers.saf_memory_init(rows, logits_shape, lag)
         return WithAverage(optimizer.init(params), memory)
 
-    def shardings(state: WithAverage, mesh: Mesh, default: WithAverage) -> WithAverage:
+    def shardings(state: WithAverage, params: Params, default: WithAverage) -> WithAverage:
         memory = jax.tree.map(lambda _: NamedSharding(mesh, split), state.past)
         return default._replace(past=memory)
 

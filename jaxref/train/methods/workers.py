@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxref import optimizers
 from jaxref.core.checks import check_interval
+from jaxref.parallel import mapped_over
 from jaxref.train.methods.frame import (
     Batch,
     Method,
@@ -20,6 +21,7 @@ from jaxref.train.methods.frame import (
     Problem,
     Transformation,
     clipped,
+    descended,
     on_each_device,
 )
 
@@ -34,6 +36,10 @@ def ef21(
     seed: int = 0,
 ) -> Method:
     """EF21: the devices along the axis "data" exchange compressed differences of gradients.
+
+    Each index of the axis is a client: where "data" is the network between slices, a slice, within
+    which parameters and gradients are sharded as ever. A client's devices each compress the part of
+    a parameter that they have.
 
     Args:
       learning_rate, clip_norm, mesh: the program's.
@@ -72,49 +78,64 @@ def _error_feedback(
     compressor: Callable[[], optimizers.Compressor],
     seed: int,
 ) -> Method:
-    optimizer = optax.chain(
-        estimate(
-            compressor(),
-            axis_name="data",
-            num_clients=mesh.shape["data"],
-            key=jax.random.key(seed),
-        ),
-        clipped(base(learning_rate=learning_rate), clip_norm),
+    clients = mesh.shape["data"]
+    estimated = estimate(
+        compressor(), axis_name="data", num_clients=clients, key=jax.random.key(seed)
     )
+    optimizer = clipped(base(learning_rate=learning_rate), clip_norm)
+
+    def init(params: Params) -> Any:
+        return estimated.init(params), optimizer.init(params)
 
     def update(
         problem: Problem, params: Params, state: Any, batch: Batch, key: Array, step: Array
     ) -> Outcome:
         del step
+        value_and_grad = problem.averaged(jax.value_and_grad(problem.loss))
 
-        def descend(params: Params, state: Any, batch: Batch, key: Array) -> Any:
-            key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-            value_and_grad = problem.averaged(jax.value_and_grad(problem.loss))
-            mine = jax.lax.pcast(params, "data", to="varying")  # no sum over the devices
-            value, gradient = value_and_grad(mine, batch, key)
-            value = jax.lax.pmean(value, "data")
-            updates, state = optimizer.update(gradient, state, params, value=value)
-            norm = jnp.sqrt(jax.lax.pmean(optax.global_norm(gradient) ** 2, "data"))
-            params = optax.apply_updates(params, updates)
-            return params, state, value, norm
+        def of_client(batch: Batch, key: Array) -> Any:
+            with mapped_over("data"):
+                return value_and_grad(params, batch, key)
 
-        everywhere = PartitionSpec()
-        specs = optimizers.error_feedback_specs(state, "data")
-        step_on_each = on_each_device(
-            mesh,
-            descend,
-            (everywhere, specs, PartitionSpec("data"), everywhere),
-            (everywhere, specs, everywhere, everywhere),
+        batches = jax.tree.map(lambda x: x.reshape(clients, -1, *x.shape[1:]), batch)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(clients))
+        values, gradients = jax.vmap(of_client, spmd_axis_name="data")(batches, keys)
+
+        def exchange(gradients: Params, state: Any) -> Any:
+            return estimated.update(jax.tree.map(lambda x: x[0], gradients), state)
+
+        # Every device compresses its part of a parameter, and sends it to those of other clients.
+        specs = jax.tree.map(lambda sharding: sharding.spec, problem.shardings)
+        of_clients, of_state = _over_clients(specs), _state_specs(state[0], specs)
+        exchange_on_each = jax.shard_map(
+            exchange, mesh=mesh, in_specs=(of_clients, of_state), out_specs=(specs, of_state)
         )
-        return Outcome(*step_on_each(params, state, batch, key))
-
-    def shardings(state: Any, mesh: Mesh, default: Any) -> Any:
-        specs = optimizers.error_feedback_specs(state, "data")
-        return jax.tree.map(
-            lambda spec, other: NamedSharding(mesh, spec) if spec else other, specs, default
+        gradient, estimate_state = exchange_on_each(gradients, state[0])
+        outcome = descended(optimizer, params, state[1], jnp.mean(values), gradient)
+        return outcome._replace(
+            state=(estimate_state, outcome.state),
+            gradient_norm=optax.global_norm(gradients) / clients**0.5,
         )
 
-    return Method(optimizer.init, update, shardings)
+    def shardings(state: Any, params: Params, default: Any) -> Any:
+        specs = _state_specs(state[0], jax.tree.map(lambda sharding: sharding.spec, params))
+        return jax.tree.map(partial(NamedSharding, mesh), specs), default[1]
+
+    return Method(init, update, shardings)
+
+
+def _over_clients(specs: Any) -> Any:
+    """Specs of arrays like the parameters with a leading axis of clients."""
+    return jax.tree.map(lambda spec: PartitionSpec("data", *spec), specs)
+
+
+def _state_specs(state: optimizers.ErrorFeedbackState, specs: Any) -> Any:
+    return optimizers.ErrorFeedbackState(
+        count=PartitionSpec(),
+        client=_over_clients(specs),
+        server=None if state.server is None else specs,
+        key=None if state.key is None else PartitionSpec(),
+    )
 
 
 def spsa(
