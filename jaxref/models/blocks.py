@@ -22,9 +22,8 @@ TransformerConfig = Any  # that of jaxref.models.transformer, which imports this
 Call = Callable[..., tuple[Array, Any]]
 Policy = Callable[..., Any]
 
-STREAM = ("batch", "length", "stream")
-"""What the rows of the stream are split over. A rule for "stream" splits those of a device further:
-over "tensor", the norms' work and what is kept for the backward pass."""
+ROWS = ("batch", "length")
+"""The axes that were merged into the rows of the stream."""
 
 
 def stream_norm(function: Callable[..., Any] | None, config: TransformerConfig) -> Norm | None:
@@ -81,7 +80,7 @@ class Sublayer(nnx.Module):
         if key is not None and self.rate > 0:
             keep = jax.random.bernoulli(key, 1 - self.rate, y.shape)
             y = jnp.where(keep, y / (1 - self.rate), 0).astype(y.dtype)
-        x = constrain((x if self.alpha is None else self.alpha * x) + y, STREAM, None)
+        x = constrain((x if self.alpha is None else self.alpha * x) + y, ROWS, None)
         return x if self.stream_norm is None else self.stream_norm(x, where=where)
 
 

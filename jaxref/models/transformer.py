@@ -16,7 +16,7 @@ from jaxref.attention import dot_product_attention, linear_attention
 from jaxref.core.checks import check_interval, check_shape
 from jaxref.core.numerics import compute_dtype
 from jaxref.models.blocks import (
-    STREAM,
+    ROWS,
     Block,
     component_class,
     is_tokenized,
@@ -572,7 +572,7 @@ class Transformer(nnx.Module):
             last = self.config.max_length - 1
             ids = jnp.arange(tokens.shape[1]) if positions is None else jnp.minimum(positions, last)
             x = x + self.positions(ids)
-        x = constrain(merge_rows(x), STREAM, None)
+        x = constrain(merge_rows(x), ROWS, None)
         return x if self.embed_norm is None else self.embed_norm(x, where=_rows(where))
 
     def _through(

@@ -17,7 +17,7 @@ from jaxref.losses import load_balance_loss
 from jaxref.nn.linear import Linear
 from jaxref.nn.mlp import MLP, is_module_class
 from jaxref.nn.variables import AuxiliaryLoss
-from jaxref.parallel import constrain
+from jaxref.parallel import constrain, on_shards
 
 
 class RouterOutput(NamedTuple):
@@ -530,7 +530,10 @@ class MixtureOfExperts(_Experts):
             )
 
         keys = None if key is None else jax.random.split(key, groups)
-        routed = jax.vmap(route)(logits.reshape(groups, -1, self.num_experts), keys)
+        route_all: Any = jax.vmap(route)
+        if groups > 1:  # the compiler would gather all probabilities to pick the largest
+            route_all = on_shards(route_all, [("batch", None, None), ("batch",)], ("batch",))
+        routed = route_all(logits.reshape(groups, -1, self.num_experts), keys)
         balance = load_balance_loss(
             routed.probabilities.reshape(-1, self.num_experts),
             routed.assignment.reshape(-1, self.top_k),

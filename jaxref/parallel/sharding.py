@@ -24,16 +24,16 @@ Name = str | tuple[str, ...] | None
 DEFAULT_RULES: Rules = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocabulary": ("tensor",),
     "expert": ("expert",),
 }
-"""Sequences over data, fsdp and expert, their tokens over sequence; parameters over fsdp along
-their embedding axis, over tensor along heads, hidden units or vocabulary, and over expert. A name
-that is not here is not split."""
+"""Sequences over data, fsdp and expert, their tokens over sequence; parameters along their
+embedding axis over fsdp, and over expert those that are no expert's, and over tensor along heads,
+hidden units or vocabulary. A name that is not here is not split."""
 
 _active: contextvars.ContextVar[tuple[Mesh | AbstractMesh, Rules] | None] = contextvars.ContextVar(
     "active sharding rules", default=None
@@ -251,10 +251,10 @@ def on_shards(
     which axes it has to exchange.
 
     Args:
-      function: of arrays, to an array.
+      function: of arrays, to an array or a tree of arrays.
       in_axes: for each argument the logical names of its axes; None for an argument that every
         device has whole, or that is None.
-      out_axes: the names of the result's axes.
+      out_axes: the names of the result's axes, or of the first axes of all arrays in it.
 
     Returns:
       A function of the same arguments. It raises ValueError as `partition_spec` does.
@@ -270,7 +270,9 @@ def on_shards(
 
     def sharded(*args: Any) -> Any:
         def spec(axes: tuple[Name, ...] | None, arg: Any) -> PartitionSpec:
-            return PartitionSpec() if axes is None else partition_spec(axes, arg.shape, *active)
+            if axes is None or arg is None:
+                return PartitionSpec()
+            return partition_spec(axes, arg.shape, *active)
 
         call = jax.shard_map(
             function,

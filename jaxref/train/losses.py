@@ -112,7 +112,7 @@ def spread_over_vocabulary(function: Callable[..., Array]) -> Callable[..., Arra
                 (*tokens, None),
                 ("embed", "vocabulary"),
                 tokens,
-                None if where is None else tokens,
+                tokens,
             ],
             tokens,
         )

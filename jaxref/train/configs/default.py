@@ -55,8 +55,7 @@ def get_config() -> ConfigDict:
             "rules": {  # the mesh axes that each axis of an array is split over
                 "batch": ["data", "fsdp", "expert"],
                 "length": ["sequence"],
-                "stream": [],  # rows between layers, within a device: ["tensor"] saves memory
-                "embed": ["fsdp"],
+                "embed": ["fsdp", "expert"],
                 "heads": ["tensor"],
                 "kv_heads": ["tensor"],
                 "mlp": ["tensor"],
@@ -68,7 +67,8 @@ def get_config() -> ConfigDict:
             "validate_every": 150,
             "validation_tokens": 2**18,  # at most; more than are held out here
             "checkpoint_every": 150,
-            "keep_checkpoints": 3,
+            "keep_checkpoints": 3,  # the newest
+            "keep_checkpoint_every": 0,  # and those of every so many steps; 0: no others
             "sample": {
                 "prompt": "def ",
                 "length": 400,
