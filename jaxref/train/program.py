@@ -169,7 +169,7 @@ class Program(NamedTuple):
         shape = (self.abstract_batch["ids"].size, *array.shape[1:])
         rows = self.rows
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
+        def piece(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(shape[0])
             return array[np.searchsorted(rows, np.arange(start, stop)), *index[1:]]
 
@@ -579,7 +579,7 @@ def _abstract_batch(
         "ids": ids,
     }
 
-    def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
         axes = ("batch", "length" if of_text else None, None, None)[: len(shape)]
         sharding = logical_sharding(axes, shape, mesh, rules)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

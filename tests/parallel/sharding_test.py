@@ -9,7 +9,13 @@ from jaxref.parallel import (
     constrain,
     logical_sharding,
     make_mesh,
+    mapped_over,
+    merge_rows,
+    mesh_axes,
+    on_shards,
     partition_spec,
+    split_over,
+    split_rows,
     use_rules,
 )
 
@@ -59,14 +65,23 @@ class TestPartitionSpec:
         rules = {"embed": ("tensor", "data"), "mlp": ()}
         spec = partition_spec(("embed", "mlp", "heads"), (4, 4, 4), mesh, rules)
         assert spec == PartitionSpec(("tensor", "data"), None, None)
-        extended = {**DEFAULT_RULES, "experts": ("data",)}
+        extended = {**DEFAULT_RULES, "experts": ["data"]}
         assert partition_spec(("experts",), (4,), mesh, extended) == PartitionSpec("data")
+
+    def test_a_merged_axis_is_split_over_the_axes_of_all_its_names(self, mesh):
+        spec = partition_spec((("batch", "heads"), "embed"), (8, 8), mesh)
+        assert spec == PartitionSpec(("data", "fsdp", "tensor"), None)
+        assert mesh_axes(("batch", None, "mlp"), mesh) == ("data", "fsdp", "tensor")
+
+    def test_a_mesh_without_an_axis_has_it_once(self):
+        small = jax.make_mesh((2, 4), ("data", "tensor"))
+        assert partition_spec(("batch", "embed"), (4, 3), small) == PartitionSpec("data", None)
 
     @pytest.mark.parametrize(
         ("axes", "shape", "rules", "message"),
         [
             (("batch",), (6,), DEFAULT_RULES, r"'batch' of size 6 .* 4 ways .*\['data', 'fsdp'\]"),
-            (("embed", "heads"), (4, 3), DEFAULT_RULES, "'heads' .* multiple of 2"),
+            (("embed", "heads"), (4, 3), DEFAULT_RULES, "'heads' .* multiple of 2, .* such as 1 "),
             (("batch",), (4, 4), DEFAULT_RULES, r"do not name the axes .* shape \(4, 4\)"),
             (("embed",), (4,), {"embed": ("model",)}, r"'embed' on mesh axes \('model',\)"),
             (("embed",), (4,), {"embed": "fsdp"}, "'embed' on mesh axes 'fsdp'"),
@@ -125,6 +140,99 @@ class TestConstrain:
     def test_a_wrong_number_of_names_raises(self, mesh):
         with use_rules(mesh), pytest.raises(ValueError, match="do not name the axes"):
             constrain(jnp.ones((8, 2)), "batch")
+
+
+class TestOnShards:
+    def test_each_device_computes_with_its_shards(self, mesh):
+        shapes = []
+
+        def product(x, w, nothing):
+            shapes.append((x.shape, w.shape, nothing))
+            return jax.lax.psum(x @ w, "tensor") if split_over("batch") else x @ w
+
+        def model(x, w):
+            with use_rules(mesh):
+                assert split_over("batch") == ("data", "fsdp")
+                over = split_over("mlp")
+
+                def exchange(x, w, nothing):
+                    assert split_over("batch") == ()  # here it is placed
+                    return jax.lax.psum(product(x, w, nothing), over)
+
+                spread = on_shards(exchange, [("batch", "mlp"), ("mlp", None), None], ("batch",))
+                return spread(x, w, None)
+
+        x, w = np.arange(32.0).reshape(8, 4), np.arange(12.0).reshape(4, 3)
+        np.testing.assert_allclose(jax.jit(model)(x, w), x @ w)
+        assert shapes[-1] == ((2, 2), (2, 3), None)
+        gradient = jax.jit(jax.grad(lambda w: model(x, w).sum()))(w)
+        np.testing.assert_allclose(gradient, np.tile(x.sum(axis=0)[:, None], 3))
+
+    def test_the_result_may_be_a_tree(self, mesh):
+        with use_rules(mesh):
+            halves = on_shards(
+                lambda x: {"sum": x.sum(axis=1), "x": x}, [("batch", None)], ("batch",)
+            )
+            result = jax.jit(halves)(np.ones((8, 3)))
+        assert result["sum"].sharding.spec == PartitionSpec(("data", "fsdp"))
+        np.testing.assert_array_equal(result["x"], np.ones((8, 3)))
+
+    def test_without_rules_or_on_one_device_it_is_the_function(self):
+        function = lambda x: x
+        assert on_shards(function, [("batch",)], ("batch",)) is function
+        with use_rules(make_mesh({}, jax.devices()[:1])):
+            assert on_shards(function, [("batch",)], ("batch",)) is function
+
+    def test_what_does_not_fit_raises(self, mesh):
+        with use_rules(mesh), pytest.raises(ValueError, match="'batch' of size 6"):
+            on_shards(lambda x: x, [("batch",)], ("batch",))(jnp.ones(6))
+
+    def test_a_mapped_axis_is_left_to_vmap(self, mesh):
+        def of_one(x):
+            with mapped_over("data"):
+                assert split_over("batch") == ("fsdp",)
+                total = on_shards(lambda x: jax.lax.psum(x.sum(), "fsdp"), [("batch", None)], ())
+                return total(constrain(x, "batch", None))
+
+        def of_all(x):
+            with use_rules(mesh):
+                return jax.vmap(of_one, spmd_axis_name="data")(x)
+
+        x = np.arange(24.0).reshape(2, 4, 3)
+        np.testing.assert_allclose(jax.jit(of_all)(x), x.sum(axis=(1, 2)))
+        with mapped_over("data"):
+            assert split_over("batch") == ()
+
+
+class TestRows:
+    def test_they_are_in_order_where_the_length_is_whole(self, mesh):
+        x = np.arange(24).reshape(4, 3, 2)
+        with use_rules(mesh):
+            np.testing.assert_array_equal(merge_rows(jnp.asarray(x)), x.reshape(12, 2))
+            np.testing.assert_array_equal(split_rows(x.reshape(12, 2), (4, 3)), x)
+        np.testing.assert_array_equal(merge_rows(jnp.asarray(x), 3), x.ravel())
+
+    def test_each_device_keeps_its_own_where_the_length_is_split(self):
+        mesh = make_mesh({"data": 2, "sequence": 4})
+        x = np.arange(4 * 8 * 2).reshape(4, 8, 2)
+        given = jax.device_put(x, logical_sharding(("batch", "length", None), x.shape, mesh))
+
+        def merged(x):
+            with use_rules(mesh):
+                return merge_rows(x)
+
+        def back(x):
+            with use_rules(mesh):
+                return split_rows(merge_rows(x), x.shape[:2])
+
+        rows = jax.jit(merged)(given)
+        for shard in rows.addressable_shards:
+            [own] = [s for s in given.addressable_shards if s.device == shard.device]
+            np.testing.assert_array_equal(shard.data, np.reshape(own.data, (-1, 2)))
+        np.testing.assert_array_equal(jax.jit(back)(given), x)
+        text = jax.jit(merged).lower(given).compile().as_text()
+        for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+            assert f"{collective}(" not in text
 
 
 def lowered(function, *args):

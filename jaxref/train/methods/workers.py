@@ -129,8 +129,9 @@ def _over_clients(specs: Any) -> Any:
     return jax.tree.map(lambda spec: PartitionSpec("data", *spec), specs)
 
 
-def _state_specs(state: optimizers.ErrorFeedbackState, specs: Any) -> Any:
-    return optimizers.ErrorFeedbackState(
+def _state_specs(state: Any, specs: Any) -> Any:
+    """Specs of an `ErrorFeedbackState`."""
+    return state._replace(
         count=PartitionSpec(),
         client=_over_clients(specs),
         server=None if state.server is None else specs,
