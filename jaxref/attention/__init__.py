@@ -51,6 +51,7 @@ from jaxref.attention.query_key import (
     query_key_reparameterization,
     query_key_reparameterized_attention,
 )
+from jaxref.attention.ring import into_zigzag, out_of_zigzag, ring_attention, zigzag_positions
 from jaxref.attention.stability import normalize_query_key, query_key_norm_attention
 from jaxref.attention.static_mixing import (
     CausalPairState,
@@ -107,4 +108,8 @@ __all__ = [
     "scatter_softmax",
     "point_grid_attention",
     "grid_to_points",
+    "ring_attention",
+    "zigzag_positions",
+    "into_zigzag",
+    "out_of_zigzag",
 ]

@@ -157,8 +157,8 @@ def flash_attention(
                 value,
                 bias,
                 alibi_slopes,
-                _segments((batch, q_len), query_segment_ids=query_segment_ids),
-                _segments((batch, k_len), key_segment_ids=key_segment_ids),
+                checked_segments((batch, q_len), query_segment_ids=query_segment_ids),
+                checked_segments((batch, k_len), key_segment_ids=key_segment_ids),
                 block_mask,
             )
         )
@@ -167,7 +167,12 @@ def flash_attention(
     return (output, logsumexp) if return_logsumexp else output
 
 
-def _segments(shape: tuple[int, int], **segments: ArrayLike | None) -> Array | None:
+def checked_segments(shape: tuple[int, int], **segments: ArrayLike | None) -> Array | None:
+    """Segment ids, given by the name of their argument, as int32 of that shape; None stays.
+
+    >>> checked_segments((1, 2), key_segment_ids=jnp.array([[0, 1]]))
+    Array([[0, 1]], dtype=int32)
+    """
     ((name, ids),) = segments.items()
     if ids is None:
         return None
@@ -177,8 +182,12 @@ def _segments(shape: tuple[int, int], **segments: ArrayLike | None) -> Array | N
     return jnp.asarray(ids, jnp.int32)
 
 
-def _module(platform: str) -> ModuleType:
-    """The `forward`, `backward` and `bias_gradient` of a platform; Pallas loads on first use."""
+def module_of(platform: str) -> ModuleType:
+    """The `forward`, `backward` and `bias_gradient` of a platform; Pallas loads on first use.
+
+    >>> module_of("xla").__name__
+    'jaxref.kernels.flash_attention_xla'
+    """
     if platform == "tpu":
         from jaxref.kernels import flash_attention_tpu
 
@@ -193,7 +202,7 @@ def _module(platform: str) -> ModuleType:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(platform: str, options: Options, operands: Operands) -> tuple[Array, Array]:
     """The output and the logsumexp of the logits."""
-    return _module(platform).forward(operands, options)
+    return module_of(platform).forward(operands, options)
 
 
 def _attend_forward(platform: str, options: Options, operands: Operands) -> Any:
@@ -201,18 +210,31 @@ def _attend_forward(platform: str, options: Options, operands: Operands) -> Any:
     return (output, logsumexp), (operands, output, logsumexp)
 
 
+def row_sums(
+    output: Array, logsumexp: Array, cotangent: Array, of_logsumexp: ArrayLike
+) -> tuple[Array, Array]:
+    """What `backward` takes of the rows, whatever part of their keys it is given: the logsumexp of
+    all keys, and `delta`, the sum of output times cotangent less the gradient of the logsumexp.
+    Both are 0 for a query that sees no key.
+
+    >>> x = jnp.ones((1, 1, 1, 2))
+    >>> [y.item() for y in row_sums(x, jnp.full((1, 1, 1), 3.0), x, 0.5)]
+    [3.0, 1.5]
+    """
+    dtype = logsumexp.dtype
+    delta = jnp.einsum("bqhv,bqhv->bhq", output.astype(dtype), cotangent.astype(dtype))
+    sees_a_key = logsumexp > -jnp.inf
+    delta = jnp.where(sees_a_key, delta - of_logsumexp, 0)
+    return jnp.where(sees_a_key, logsumexp, 0), delta
+
+
 def _attend_backward(platform: str, options: Options, residuals: Any, cotangents: Any) -> Any:
     """The gradient of a logit is its weight times what `delta` is taken from: the gradient of the
     weight, and that of the logsumexp, whose derivative the weight is."""
     operands, output, logsumexp = residuals
     cotangent, of_logsumexp = cotangents
-    dtype = logsumexp.dtype
-    delta = jnp.einsum("bqhv,bqhv->bhq", output.astype(dtype), cotangent.astype(dtype))
-    sees_a_key = logsumexp > -jnp.inf
-    delta = jnp.where(sees_a_key, delta - of_logsumexp, 0)
-    logsumexp = jnp.where(sees_a_key, logsumexp, 0)
-    given = operands, options, cotangent, logsumexp, delta
-    module = _module(platform)
+    given = operands, options, cotangent, *row_sums(output, logsumexp, cotangent, of_logsumexp)
+    module = module_of(platform)
     d_query, d_key, d_value, d_slopes = module.backward(*given)
     d_bias = None
     if operands.bias is not None:

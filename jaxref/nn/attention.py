@@ -14,9 +14,12 @@ from jax.typing import DTypeLike
 from jaxref.attention import (
     KeyValueCache,
     dot_product_attention,
+    into_zigzag,
     key_value_cache_append,
     key_value_cache_init,
     linear_attention,
+    out_of_zigzag,
+    ring_attention,
     rotary_embedding,
 )
 from jaxref.core.checks import check_interval
@@ -187,7 +190,7 @@ class MultiHeadAttention(nnx.Module):
             given["bias"] = self.position_bias(
                 self.num_heads, query.shape[1], key.shape[1], query_positions=positions
             )
-        attend = _on_shards(self.attention, mask, given.get("bias"))
+        attend = _on_shards(self.attention)
         return attend(query, key, value, mask=mask, is_causal=is_causal, **given)
 
     def remember(self, x: Array, positions: Array | None = None) -> tuple[Array, Array]:
@@ -261,47 +264,68 @@ class MultiHeadAttention(nnx.Module):
         return jnp.concatenate([rotated, x[..., self.rotated :]], axis=-1)
 
 
-def _on_shards(attention: Callable[..., Array], mask: Array | None, bias: Array | None) -> Any:
-    """The attention where it runs on a mesh: each device attends with its sequences and heads.
+def _on_shards(attention: Callable[..., Array]) -> Callable[..., Array]:
+    """The attention where it runs on a mesh: each device attends with its sequences and heads, and
+    where it has parts of sequences only, with those that go round the ring.
 
     That serves the kernels, which the compiler cannot cut. Other functions than plain attention are
     left to the compiler, as nobody knows here what they mix.
     """
-    function = attention
+    over = split_over("length")
+    function, options = attention, {}
     while isinstance(function, partial):
-        function = function.func
-    if split_over("length"):
-        raise ValueError("mesh axis sequence")
+        function, options = function.func, function.keywords | options
     if function is not dot_product_attention:
+        if over:
+            raise ValueError(
+                f"mesh axes {list(over)} split the length, which attention "
+                f"{getattr(function, '__name__', function)} cannot have: choose "
+                "dot_product_attention, or a mesh without them"
+            )
         return attention
 
     def attend(
         query: Array, key: Array, value: Array, *, is_causal: bool, **broadcast: Array | None
     ) -> Array:
-        def on_each(query: Array, key: Array, value: Array, *broadcast: Array | None) -> Array:
-            given = dict(zip(names, broadcast))
-            return attention(query, key, value, is_causal=is_causal, **given)
+        names = [name for name, x in broadcast.items() if x is not None]
+        if over and names:
+            raise ValueError(
+                f"mesh axes {list(over)} split the length, and there is a {names[0]} of the "
+                "logits, which does not go round the ring of devices"
+            )
 
-        names = list(broadcast)
-        spread = on_shards(
-            on_each,
-            [
-                ("batch", None, "heads", None),
-                ("batch", None, "kv_heads", None),
-                ("batch", None, "kv_heads", None),
-                *(_axes_of_broadcast(x) for x in broadcast.values()),
-            ],
-            ("batch", None, "heads", None),
-        )
-        return spread(query, key, value, *broadcast.values())
+        def on_each(query: Array, key: Array, value: Array, *broadcast: Array) -> Array:
+            if over:
+                return _ring(query, key, value, over, is_causal, **options)
+            return attention(query, key, value, is_causal=is_causal, **dict(zip(names, broadcast)))
+
+        of_keys = ("batch", "length", "kv_heads", None)
+        of_queries = ("batch", "length", "heads", None)
+        given = [broadcast[name] for name in names]
+        axes = [of_queries, of_keys, of_keys, *map(_axes_of_broadcast, given)]
+        return on_shards(on_each, axes, of_queries)(query, key, value, *given)
 
     return attend
 
 
-def _axes_of_broadcast(x: Array | None) -> tuple[str | None, ...] | None:
+def _ring(
+    query: Array,
+    key: Array,
+    value: Array,
+    axis_name: tuple[str, ...],
+    is_causal: bool,
+    **options: Any,
+) -> Array:
+    """Ring attention of shards whose rows are in order, its work shared out evenly."""
+    attend = partial(ring_attention, axis_name=axis_name, is_causal=is_causal, **options)
+    if not is_causal or query.shape[1] % 2:
+        return attend(query, key, value)
+    query, key, value = (into_zigzag(x, axis_name) for x in (query, key, value))
+    return out_of_zigzag(attend(query, key, value, layout="zigzag"), axis_name)
+
+
+def _axes_of_broadcast(x: Array) -> tuple[str | None, ...]:
     """Logical names of the axes of a mask or bias, those along which it is one for all left out."""
-    if x is None:
-        return None
     names = ("batch", "heads", None, None)[4 - x.ndim :]
     return tuple(name if size > 1 else None for name, size in zip(names, x.shape))
 

@@ -409,9 +409,9 @@ class MixtureOfExperts(_Experts):
 
         capacity = ceil(capacity_factor · K · group_size / E)
 
-    tokens of each group, noise ε explores where a key is given, and `auxiliary_loss` is what keeps the experts
-    equally busy. In evaluation no token is dropped, and nothing is random or stored. `train()` and
-    `eval()` of this or any enclosing module say which it is.
+    tokens of each group, noise ε explores where a key is given, and `auxiliary_loss` is what keeps
+    the experts equally busy. In evaluation no token is dropped, and nothing is random or stored.
+    `train()` and `eval()` of this or any enclosing module say which it is.
 
     Args:
       features: size of input and output.

@@ -128,6 +128,18 @@ def of_tensor(whole, matrices):
     }
 
 
+def of_sequence(whole, matrices):
+    block = STREAM / 8  # of queries, keys, values or outputs
+    hops = 4 * 2 * 3  # of keys and values: forward, again, backward with their gradients
+    shared_out = 3 * 4  # queries, keys, values and outputs between the two layouts, likewise
+    return {
+        ("sequence", "collective-permute"): LAYERS * (hops + shared_out) * block,
+        ("data,sequence", "all-reduce"): whole - TABLE,
+        ("sequence", "all-reduce"): TABLE,  # the gradient of the embeddings, one axis at a time
+        ("data", "all-reduce"): TABLE,
+    }
+
+
 def of_experts(whole, matrices):
     experts = 3 * LAYERS * EXPERTS * FEATURES * HIDDEN * 4
     others = matrices - experts
@@ -147,6 +159,7 @@ STRATEGIES = {
     "data": (("mesh.data=8",), (), of_data),
     "fsdp": (("mesh.data=1", "mesh.fsdp=8"), (), of_fsdp),
     "tensor": (("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=4"), (), of_tensor),
+    "sequence": (("mesh.data=2", "mesh.sequence=4"), (), of_sequence),
     "expert": (("mesh.data=1", "mesh.fsdp=2", "mesh.expert=4"), MIXTURE, of_experts),
 }
 
@@ -164,7 +177,51 @@ def test_twenty_steps_are_those_of_one_device_and_the_exchanges_are_those_expect
     found, sizes = exchanged(program, step), expected(*kernel_bytes(params))
     assert found.keys() == sizes.keys()
     for key, size in sizes.items():
-        assert size <= found[key] < size + SCALARS, key
+        assert abs(found[key] - size) < SCALARS, key
+
+
+@pytest.mark.slow
+def test_all_axes_at_once(alone):
+    mesh = ("mesh.data=1", "mesh.fsdp=2", "mesh.sequence=2", "mesh.tensor=2")
+    _, _, losses, params = run(mesh, None)
+    alone_losses, alone_params = alone(())
+    np.testing.assert_allclose(losses, alone_losses, rtol=1e-5)
+    jax.tree.map(
+        lambda ours, one: np.testing.assert_allclose(ours, one, atol=2e-5), params, alone_params
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("mesh.sequence=8", "length=12"),
+            r"length 12 must be a multiple of the 8 parts.*sequence",
+        ),
+        (("mesh.sequence=8", "model.positions=alibi"), r"a bias of the logits, which does not go"),
+        (
+            ("mesh.sequence=8", "model.attention.name=linear_attention"),
+            r"split the length, which attention linear_attention cannot have",
+        ),
+        (("mesh.tensor=8",), r"key.*'kv_heads' of size 4 cannot be split 8 ways.*such as 4 in all"),
+        (("mesh.tensor=4", "mesh.fsdp=2", "model.num_kv_heads=2"), r"'kv_heads' of size 2"),
+        (("mesh.fsdp=8", "batch_size=4"), r"batch_size 4 must be .*accumulate x mesh.fsdp = 1 x 8"),
+        (("mesh.fsdp=4",), r"mesh fsdp=4 does not divide the 8 devices"),
+        (("mesh.data=8", 'rules.embed=["model"]'), r"'embed' on mesh axes \['model'\]"),
+        (
+            ("mesh.data=8", 'rules.embedding=["fsdp"]'),
+            r"unknown configuration key 'rules.embedding'",
+        ),
+    ],
+)
+def test_what_cannot_be_spread_is_named(overrides, message):
+    def trace():
+        setting = [*MODEL, "mesh.data=1", *overrides]
+        program = build(load_config(overrides=setting), 256)
+        jax.eval_shape(program.step, program.abstract_state, program.abstract_batch)
+
+    with pytest.raises(ValueError, match=message):
+        trace()
 
 
 @pytest.mark.slow

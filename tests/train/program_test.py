@@ -591,7 +591,7 @@ class TestComponents:
             ("clip_norm=-1", r"clip_norm must be in \[0, inf\)"),
             ("average_decay=1", r"average_decay must be in \[0, 1\)"),
             ("dtype=float64", r"dtype must be float32 or bfloat16, got 'float64'"),
-            ("accumulate=3", r"batch_size 8 must be a multiple of accumulate x mesh.data x mesh.f"),
+            ("accumulate=3", r"batch_size 8 must be a multiple of accumulate = 3"),
         ],
     )
     def test_what_cannot_be_is_named(self, tiny_config, devices, overrides, message):
