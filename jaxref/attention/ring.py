@@ -19,7 +19,7 @@ from jaxref.core.checks import (
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.shards import AxisName
 from jaxref.kernels.block_sizes import tuned_block
-from jaxref.kernels.flash_attention import checked_segments, module_of, row_sums
+from jaxref.kernels.flash_attention import checked_segments, module_of, row_sums, saveable
 from jaxref.kernels.flash_attention_tile import Operands, Options
 from jaxref.kernels.implementation import Implementation, choose_implementation, varying_alike
 
@@ -366,7 +366,7 @@ def _attend_forward(ring: _Ring, shard: _Shard) -> Any:
         return _merge(rows, block), None
 
     (output, logsumexp), _ = _go_round(ring, shard, start, step)
-    output = output.astype(shard.query.dtype)
+    output, logsumexp = saveable(output.astype(shard.query.dtype), logsumexp)
     return output, (shard, output, logsumexp)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxref.core.checks import (
@@ -20,6 +21,9 @@ from jaxref.kernels import flash_attention_xla
 from jaxref.kernels.block_sizes import tuned_block
 from jaxref.kernels.flash_attention_tile import Operands, Options
 from jaxref.kernels.implementation import choose_implementation, varying_alike
+
+SAVEABLE = "flash_attention"
+"""The name of attention's result, for `jax.checkpoint_policies.save_only_these_names`."""
 
 
 def flash_attention(
@@ -206,8 +210,18 @@ def _attend(platform: str, options: Options, operands: Operands) -> tuple[Array,
 
 
 def _attend_forward(platform: str, options: Options, operands: Operands) -> Any:
-    output, logsumexp = _attend(platform, options, operands)
+    output, logsumexp = saveable(*_attend(platform, options, operands))
     return (output, logsumexp), (operands, output, logsumexp)
+
+
+def saveable(output: Array, logsumexp: Array) -> tuple[Array, Array]:
+    """What the backward pass takes of attention, by the name of it in policies of `jax.checkpoint`:
+    where that is saved, attention is not computed again.
+
+    >>> saveable(jnp.ones(2), jnp.zeros(1))[0].shape
+    (2,)
+    """
+    return checkpoint_name(output, SAVEABLE), checkpoint_name(logsumexp, SAVEABLE)
 
 
 def row_sums(

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxref.attention import dot_product_attention, linear_attention
 from jaxref.core.checks import check_interval, check_shape
 from jaxref.core.numerics import compute_dtype
+from jaxref.kernels.flash_attention import SAVEABLE
 from jaxref.models.blocks import (
     ROWS,
     Block,
@@ -32,12 +33,13 @@ from jaxref.parallel import constrain, merge_rows, split_rows
 
 ARCHITECTURES = ("decoder", "encoder", "prefix", "encoder_decoder")
 NORM_PLACEMENTS = ("pre", "post", "peri", "sandwich", "mix", "deep_norm")
-REMAT_POLICIES = (
-    "nothing_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "dots_saveable",
-    "everything_saveable",
-)
+REMAT_POLICIES = {
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "attention_saveable": jax.checkpoint_policies.save_only_these_names(SAVEABLE),
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "everything_saveable": jax.checkpoint_policies.everything_saveable,
+}
 POSITIONS = ("rotary", "learned", "alibi", "rotary_alibi", None)
 
 
@@ -81,8 +83,9 @@ class TransformerConfig:
       dropout: rate in [0, 1) on each sublayer's output, where a key is given.
       remat: recompute each block in the backward pass instead of keeping its activations.
       remat_policy: what is kept all the same: "nothing_saveable", or another policy of
-        `jax.checkpoint_policies`: "dots_with_no_batch_dims_saveable", "dots_saveable" or
-        "everything_saveable".
+        `jax.checkpoint_policies`, "dots_with_no_batch_dims_saveable", "dots_saveable" or
+        "everything_saveable"; or "attention_saveable", the results of `flash_attention` and of
+        `ring_attention`, which take longest to compute again where sequences are long.
       scan_layers: stack the parameters of equal layers and run them by `lax.scan`, so that the
         time to compile does not grow with depth.
       dtype, param_dtype: types to compute in (None: the parameters') and of the parameters.
@@ -167,7 +170,7 @@ class TransformerConfig:
             ("architecture", ARCHITECTURES),
             ("norm_placement", NORM_PLACEMENTS),
             ("positions", POSITIONS),
-            ("remat_policy", REMAT_POLICIES),
+            ("remat_policy", tuple(REMAT_POLICIES)),
         ):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
@@ -596,7 +599,7 @@ class Transformer(nnx.Module):
             return x, x if keep else None
 
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
-        policy = getattr(jax.checkpoint_policies, self.config.remat_policy)
+        policy = REMAT_POLICIES[self.config.remat_policy]
         last, after = run_blocks(
             blocks, x, call, keys=keys, remat=policy if self.config.remat else None
         )

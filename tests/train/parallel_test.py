@@ -250,3 +250,19 @@ class TestCompressedBetweenSlices:
         sent = sum(one.result_bytes * one.times for one in found if "data" in one.axes)
         whole, _ = kernel_bytes(params)
         assert sent < 0.02 * whole
+
+
+def test_what_is_kept_is_not_computed_again():
+    def products(policy):
+        setting = [*MODEL, "mesh.data=2", "mesh.sequence=4", f"model.remat_policy={policy}"]
+        program = build(load_config(overrides=setting), 256)
+        step = jax.make_jaxpr(program.step)(program.abstract_state, program.abstract_batch)
+        return str(step).count("dot_general["), str(step).count("ppermute[")
+
+    nothing, attention, products_alone = map(
+        products, ("nothing_saveable", "attention_saveable", "dots_with_no_batch_dims_saveable")
+    )
+    assert attention[0] < nothing[0]
+    assert attention[1] < nothing[1]  # keys and values go round once less
+    assert products_alone[0] < nothing[0]
+    assert products_alone[1] == nothing[1]
