@@ -8,6 +8,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of its CPU.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,11 +64,12 @@ def compare(overrides: list[str], case: str) -> Iterator[Measurement]:
     plain_step = jax.jit(
         plain_step, donate_argnums=0, in_shardings=(places, None), out_shardings=(places, None)
     )
+    step: Any = program.step  # jitted
     compiled = {
-        "jaxref": program.step.lower(state, batch).compile(),
+        "jaxref": step.lower(state, batch).compile(),
         "plain jax": plain_step.lower((state.params, opt_state), batch).compile(),
     }
-    counts = {
+    counts: dict[str, Any] = {
         "flops": flops,
         "bytes": memory_traffic,
         "bytes sent": partial(bytes_sent, mesh=program.mesh),

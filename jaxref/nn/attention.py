@@ -272,7 +272,8 @@ def _on_shards(attention: Callable[..., Array]) -> Callable[..., Array]:
     left to the compiler, as nobody knows here what they mix.
     """
     over = split_over("length")
-    function, options = attention, {}
+    function: Any = attention
+    options: dict[str, Any] = {}
     while isinstance(function, partial):
         function, options = function.func, function.keywords | options
     if function is not dot_product_attention:
@@ -301,7 +302,7 @@ def _on_shards(attention: Callable[..., Array]) -> Callable[..., Array]:
 
         of_keys = ("batch", "length", "kv_heads", None)
         of_queries = ("batch", "length", "heads", None)
-        given = [broadcast[name] for name in names]
+        given: list[Any] = [broadcast[name] for name in names]
         axes = [of_queries, of_keys, of_keys, *map(_axes_of_broadcast, given)]
         return on_shards(on_each, axes, of_queries)(query, key, value, *given)
 
@@ -317,7 +318,7 @@ def _ring(
     **options: Any,
 ) -> Array:
     """Ring attention of shards whose rows are in order, its work shared out evenly."""
-    attend = partial(ring_attention, axis_name=axis_name, is_causal=is_causal, **options)
+    attend: Any = partial(ring_attention, axis_name=axis_name, is_causal=is_causal, **options)
     if not is_causal or query.shape[1] % 2:
         return attend(query, key, value)
     query, key, value = (into_zigzag(x, axis_name) for x in (query, key, value))

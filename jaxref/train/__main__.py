@@ -7,6 +7,7 @@ Modes
   sample    prints text from the newest checkpoint
   quantize  writes the newest checkpoint's model with linear layers in few bits, and prints what
             that did; eval and sample run it when they are given the same --config.quantize.*
+  report    writes WORKDIR/report.html: what the run is, how far it is, its curves
 
 Configuration
   --config=FILE.py             a Python file with get_config(), one's own or one that comes with the
@@ -30,6 +31,16 @@ Configuration
                                and quantize.low_rank makes up for the error
   --config.mesh.fsdp=N         devices to shard parameters over; also mesh.data, mesh.tensor
 
+Several processes
+  --coordinator=HOST:PORT      where process 0 waits for the others; --num_processes, how many there
+                               are, and --process_id, which of them this is. On a TPU pod, Slurm,
+                               Open MPI and Kubernetes all of them are found (--distributed=auto).
+                               On one machine: python -m jaxref.train.local --help
+
+Looking on
+  --config.norms_every=N       writes the norm of each parameter and gradient, every N steps
+  --profile=START:STOP         writes a trace of these steps to WORKDIR/profile, for XProf
+
 Examples
   python -m jaxref.train
   python -m jaxref.train --config.steps=2000 --config.optimizer.name=lion_k
@@ -37,6 +48,7 @@ Examples
   python -m jaxref.train --mode=sample --workdir=runs/notes --config.sample.prompt='# '
   python -m jaxref.train --mode=quantize --workdir=runs/notes --config.quantize.method=gptq
   python -m jaxref.train --mode=eval --workdir=runs/notes --config.quantize.method=gptq
+  python -m jaxref.train --mode=report --workdir=runs/notes
   python -m jaxref.train --config=configs/digits.py
   python -m jaxref.train --config=configs/digits.py --config.data.name=images:~/fashion-mnist
 """
@@ -44,22 +56,52 @@ Examples
 import sys
 from collections.abc import Sequence
 from logging import CRITICAL, getLogger
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
+from etils.epath import Path
 
 from jaxref.core.host import prepare_host
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Directory of the run: configuration, metrics, checkpoints, pictures, sample. Default: one for "
-    "each configuration, under ./runs.",
+    "Directory of the run: configuration, metrics, checkpoints, pictures, sample; or a place in "
+    "Google Cloud Storage, gs://BUCKET/PATH. Default: one for each configuration, under ./runs.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "quantize"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "sample", "quantize", "report"], "What to do."
+)
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file that defines get_config(). Single keys: --config.KEY=VALUE."
+)
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "START:STOP, steps to write a trace of to WORKDIR/profile, both included."
+)
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Whether this is one process of several: auto, where it finds itself on a cluster or is given "
+    "a coordinator.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT where process 0 waits for the others. Default: the cluster's."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes there are. Default: the cluster's.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0 on. Default: the cluster's.", lower_bound=0
+)
+_INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
+    "initialization_timeout", 300, "Seconds to wait for all processes at the start.", lower_bound=1
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    100,
+    "Seconds without a sign of life after which a process is taken for dead, and all others end.",
+    lower_bound=1,
 )
 
 _EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
@@ -88,33 +130,70 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(overrides: list[str]) -> None:
     """Does what the flags ask for, with the configuration's keys in `overrides` changed."""
-    from jaxref.train import loop, quantize
-    from jaxref.train.config import from_json, load_config, with_overrides
+    from jaxref.train import loop, quantize, report
+    from jaxref.train.config import ConfigError, from_json, load_config, with_overrides
+    from jaxref.train.observe import steps_to_profile
+    from jaxref.train.places import only_os_errors
 
+    if _PROFILE.value is not None and _MODE.value != "train":
+        raise ConfigError(f"--profile is of a training, and --mode={_MODE.value} is none")
+    config = load_config(_CONFIG.value, overrides)
+    workdir = _workdir(config)
     if _MODE.value == "train":
-        config = load_config(_CONFIG.value, overrides)
-        loop.train(config, _workdir(config))
+        profile = steps_to_profile(_PROFILE.value, config.steps)
+        _connect(config, workdir)
+        loop.train(config, workdir, profile)
         return
-    workdir = _workdir(load_config(_CONFIG.value, overrides))
     saved = workdir / "config.json"
-    if not saved.is_file():
-        raise FileNotFoundError(f"{workdir} is not the working directory of a run")
-    config = with_overrides(from_json(saved.read_text()), overrides)
+    with only_os_errors(saved):
+        if not saved.is_file():
+            raise FileNotFoundError(f"{workdir} is not the working directory of a run")
+        text = saved.read_text()
+    config = with_overrides(from_json(text), overrides)
+    if _MODE.value == "report":
+        report.report(config, workdir)
+        return
+    _connect(config, workdir)
     modes = {"eval": loop.evaluate, "sample": loop.print_sample, "quantize": quantize.quantize}
     modes[_MODE.value](config, workdir)
 
 
-def _workdir(config: Any) -> Path:
-    from jaxref.train import loop
+def _connect(config: Any, workdir: Path) -> None:
+    """Meets the other processes of the run, if there are any, and sees that they do the same."""
+    from flax.traverse_util import flatten_dict
 
-    return Path(_WORKDIR.value).expanduser() if _WORKDIR.value else loop.default_workdir(config)
+    from jaxref.train.distributed import check_agreement, initialize
+
+    initialize(
+        _DISTRIBUTED.value,
+        coordinator=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+        initialization_timeout=_INITIALIZATION_TIMEOUT.value,
+        heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+        saves_when_terminated=_MODE.value == "train",
+    )
+    asked = {
+        "--mode": _MODE.value,
+        "--workdir": str(workdir),
+        "--profile": _PROFILE.value,
+    }
+    check_agreement(asked | flatten_dict(config.to_dict(), sep="."))
+
+
+def _workdir(config: Any) -> Path:
+    from jaxref.train.loop import default_workdir
+    from jaxref.train.places import place
+
+    return place(_WORKDIR.value or default_workdir(config))
 
 
 def _quiet_checkpointing() -> None:
-    """A save that fails is raised as an error of one line; orbax and tensorstore would print the
-    tracebacks of their threads besides."""
+    """A save that fails is raised as an error of one line; orbax, tensorstore and the packages of
+    object stores would print the tracebacks of their threads besides."""
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-    getLogger("asyncio").setLevel(CRITICAL)
+    for name in ("asyncio", "fsspec", "gcsfs", "google.auth"):
+        getLogger(name).setLevel(CRITICAL)
     print_unraisable = sys.unraisablehook
 
     def print_others(unraisable: Any) -> None:
@@ -131,7 +210,18 @@ def run() -> None:
 
     # absl shows the docstring and the flags of the script that was started
     sys.modules["__main__"].__doc__ = __doc__
-    for flag in (_WORKDIR, _MODE, _CONFIG):
+    for flag in (
+        _WORKDIR,
+        _MODE,
+        _CONFIG,
+        _PROFILE,
+        _DISTRIBUTED,
+        _COORDINATOR,
+        _NUM_PROCESSES,
+        _PROCESS_ID,
+        _INITIALIZATION_TIMEOUT,
+        _HEARTBEAT_TIMEOUT,
+    ):
         flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS[flag.name])
 
     def guarded(positional: list[str]) -> None:
@@ -142,10 +232,16 @@ def run() -> None:
             _quiet_checkpointing()
         try:
             main(overrides)
-        except _EXPECTED_ERRORS as error:
-            if logging.level_debug():
+        except (Exception, KeyboardInterrupt) as error:
+            expected = isinstance(error, _EXPECTED_ERRORS) and not logging.level_debug()
+            message = f"{type(error).__name__}: {error}" if expected else ""
+            if sys.modules["jax"].distributed.is_initialized():
+                from jaxref.train.distributed import leave
+
+                leave(error, message)
+            if not expected:
                 raise
-            sys.exit(f"{type(error).__name__}: {error}")
+            sys.exit(message)
 
     app.run(guarded, argv=argv)
 

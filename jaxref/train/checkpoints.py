@@ -1,13 +1,17 @@
 """Checkpoints of a training run: asynchronous, atomic, and checked bit for bit when read back.
 
-A checkpoint is one directory named by its step, with three items that appear together or not at
-all: the `state` (any pytree of arrays), the `iterator` of the input pipeline, one file a process,
-where there is one, and a `manifest` with the run's configuration and the fingerprints by which
-damage is found.
+A checkpoint is one directory named by its step, with two items that appear together or not at all:
+the `state` (any pytree of arrays), and a `manifest` with the run's configuration, the position of
+the input pipeline, and the fingerprints by which damage is found. None of it depends on how the
+arrays were sharded and by how many processes, so that a run may be continued on other devices.
+
+In a file system a checkpoint is written beside its place and appears by being renamed. An object
+store cannot rename: there it appears with `commit_success.txt`, which is written last.
 """
 
 import json
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +22,15 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from grain import DatasetIterator
-from grain.checkpoint import CheckpointRestore, CheckpointSave
 from jax import Array
 from jax.experimental.multihost_utils import process_allgather
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+
+from jaxref.core.checks import check_interval
+from jaxref.train.places import place
+
+_NO_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError, ConnectionError, TimeoutError)
+_NO_DAMAGE_SAYS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
 class CheckpointError(RuntimeError):
@@ -28,18 +38,21 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them, in a directory of their own.
+    """The checkpoints of one run, the newest of them and every so many, in a place of their own.
 
     Every process of the run opens the same directory and makes the same calls. What unfinished
     saves left behind is deleted by the first `save`, not on opening: it may be another process that
     is writing, and a directory in use can be read.
 
     Args:
-      directory: where the checkpoints are; created when absent. A path, or `gs://...`.
-      keep: at least 1; older checkpoints are deleted once a newer one is complete. Default 3.
+      directory: where the checkpoints are; created when absent. A path, or `gs://BUCKET/PATH`.
+      keep: how many of the newest to keep, at least 1; older ones are deleted once a newer one is
+        complete. Default 3.
+      keep_every: the checkpoints of steps that this divides are kept for ever. Default 0: none.
 
     Raises:
-      ValueError: `keep` is below 1.
+      ValueError: `keep` is below 1 or `keep_every` below 0, or `directory` is no place that
+        checkpoints can be written to.
 
     Example:
       >>> import grain, tempfile
@@ -52,12 +65,14 @@ class Checkpoints:
       1 [0. 1. 2.]
     """
 
-    def __init__(self, directory: epath.PathLike, *, keep: int = 3):
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        self.directory = epath.Path(directory).expanduser().resolve()
+    def __init__(self, directory: epath.PathLike, *, keep: int = 3, keep_every: int = 0):
+        check_interval(1, np.inf, keep=keep)
+        check_interval(0, np.inf, keep_every=keep_every)
+        self.directory = place(directory)
+        kept = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
         self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            self.directory,
+            options=ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(kept)),
         )
         self._unfinished_may_remain = True
         self._saving: int | None = None
@@ -94,15 +109,16 @@ class Checkpoints:
         Args:
           step: number of the checkpoint, greater than those of all checkpoints that exist.
           state: pytree of jax arrays of any sharding, typed PRNG keys included.
-          iterator: the input pipeline, at the batch that follows `step`. Default: none, for what
-            is not trained on.
+          iterator: the input pipeline, at the batch that follows `step`; in every process at the
+            same one. Default: none, for what is not trained on.
           config: what the run was started with; anything that JSON can hold.
           blocking: wait until the checkpoint is complete. Default False.
 
         Raises:
           ValueError: there is a checkpoint at `step` or later.
           CheckpointError: this save could not start, or the one before it failed meanwhile (disk
-            full, say). Complete checkpoints are not affected.
+            full, say), or the processes' input pipelines are at different batches. Complete
+            checkpoints are not affected.
         """
         self.wait()
         latest = self.latest_step()
@@ -113,16 +129,14 @@ class Checkpoints:
             )
         if self._unfinished_may_remain:
             self._delete_unfinished()
-        content = {
-            "config": config,
-            "leaves": _inventory(state),
-            "iterator": None,
-        }
-        items: dict[str, Any] = {}
-        if iterator is not None:
-            fingerprints = process_allgather(_iterator_fingerprint(iterator))
-            content["iterator"] = fingerprints.reshape(-1).tolist()
-            items["iterator"] = CheckpointSave(iterator)
+        position = None if iterator is None else iterator.get_state()
+        if len(np.unique(process_allgather(np.uint32(_crc32(position))))) > 1:
+            raise CheckpointError(
+                f"step {step} cannot be saved in {self.directory}: the input pipelines of the "
+                f"processes are at different batches, that of process {jax.process_index()} at "
+                f"{position}"
+            )
+        content = {"config": config, "leaves": _inventory(state), "iterator": position}
         self._saving = step
         try:
             self._manager.save(
@@ -130,7 +144,6 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     manifest=ocp.args.JsonSave({"crc32": _crc32(content), "content": content}),
-                    **items,
                 ),
                 force=True,
             )
@@ -163,11 +176,10 @@ class Checkpoints:
     ) -> tuple[Any, int] | None:
         """Reads the newest checkpoint that is intact.
 
-        A checkpoint is intact when the fingerprint of every array, the iterator's and the
-        manifest's are what they were when it was written. One that is not is reported by a
-        warning, and the one before it is tried. Once an intact one is found, the damaged ones are
-        moved aside (to `damaged-STEP`, nothing is deleted), so that training can save their steps
-        again.
+        A checkpoint is intact when the fingerprints of every array and of the manifest are what
+        they were when it was written. One that is not is reported by a warning, and the one before
+        it is tried. Once an intact one is found, the damaged ones are moved aside (to
+        `damaged-STEP`, nothing is deleted), so that training can save their steps again.
 
         Args:
           abstract_state: pytree like the saved state, with `jax.ShapeDtypeStruct` leaves (or
@@ -183,8 +195,8 @@ class Checkpoints:
         Raises:
           CheckpointError: there are checkpoints, and none is intact. They stay where they are.
           ValueError: the newest checkpoint is of another state: the message lists the arrays; or
-            of a run with another number of processes, or with an iterator and you have none, or the
-            other way round.
+            it has an iterator and you have none, or the other way round; or its iterator is in the
+            form of an earlier version.
         """
         self.wait()
         damaged: dict[int, str] = {}
@@ -215,9 +227,10 @@ class Checkpoints:
             restored = problem = None
             try:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-            except (MemoryError, jax.errors.JaxRuntimeError):
-                raise  # the fault of this machine, not of the checkpoint
             except Exception as error:  # orbax and tensorstore raise nearly every kind
+                of_this_machine = any(status in str(error) for status in _NO_DAMAGE_SAYS)
+                if isinstance(error, _NO_DAMAGE) or of_this_machine:
+                    raise
                 problem = f"{type(error).__name__}: {error}"
             return restored, _first_of_any_process(problem)
 
@@ -231,20 +244,17 @@ class Checkpoints:
             abstract_state = abstract_state(content["config"])
         abstract_state = jax.tree.map(_with_sharding, abstract_state)
         self._check_same_run(step, content, abstract_state, iterator)
-        items = {} if iterator is None else {"iterator": CheckpointRestore(iterator)}
-        restored, problem = read(state=ocp.args.StandardRestore(abstract_state), **items)
+        restored, problem = read(state=ocp.args.StandardRestore(abstract_state))
         if problem is not None:
             return None, problem
         state = restored["state"]
         found = _inventory(state)
         changed = [name for name, leaf in content["leaves"].items() if found[name] != leaf]
-        if (
-            iterator is not None
-            and _iterator_fingerprint(iterator) != content["iterator"][jax.process_index()]
-        ):
-            changed.append("the input pipeline's position")
         problem = f"not what was written: {', '.join(changed)}" if changed else None
-        return state, _first_of_any_process(problem)
+        problem = _first_of_any_process(problem)
+        if problem is None and iterator is not None:
+            iterator.set_state(content["iterator"])
+        return state, problem
 
     def _check_same_run(
         self,
@@ -277,10 +287,11 @@ class Checkpoints:
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} has {has} iterator, you gave {given}"
             )
-        if iterator is not None and len(content["iterator"]) != jax.process_count():
+        if isinstance(content["iterator"], list):
             raise ValueError(
-                f"checkpoint {self.directory / str(step)} is of a run with "
-                f"{len(content['iterator'])} processes, this one has {jax.process_count()}"
+                f"checkpoint {self.directory / str(step)} is of an earlier version of this "
+                "program, which kept the input pipeline in another form; continue with that "
+                "version, or start over in another directory"
             )
 
     def _move_aside(self, damaged: Mapping[int, str]) -> None:
@@ -308,9 +319,18 @@ class Checkpoints:
 
     def _delete_unfinished(self) -> None:
         if jax.process_index() == 0:
-            for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                path.rmtree(missing_ok=True)
+            for path in self.directory.glob("*"):
+                if ocp.utils.is_tmp_checkpoint(path) and not path.name.startswith("damaged-"):
+                    path.rmtree(missing_ok=True)
         self._unfinished_may_remain = False
+
+
+def has_checkpoint(directory: epath.Path) -> bool:
+    """Whether a directory has a checkpoint, complete or damaged; not one that is half written."""
+    return any(
+        path.name.removeprefix("damaged-").isdigit() and not ocp.utils.is_tmp_checkpoint(path)
+        for path in directory.glob("*")
+    )
 
 
 def _describe(state: Any) -> dict[str, dict[str, Any]]:
@@ -335,22 +355,24 @@ def _crc32(content: Any) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _iterator_fingerprint(iterator: DatasetIterator) -> np.uint32:
-    return np.uint32(_crc32(iterator.get_state()))
-
-
 def _inventory(state: Any) -> dict[str, dict[str, Any]]:
     """Type, shape and fingerprint of every leaf by its dotted name."""
-    # One after the other: on CPU devices, programs that sum over all of them and are under way at
-    # once take each other's threads and wait for ever.
-    fingerprints = [int(_fingerprint(leaf)) for leaf in jax.tree.leaves(state)]
-    return {
-        name: {**description, "fingerprint": fingerprint}
-        for (name, description), fingerprint in zip(_describe(state).items(), fingerprints)
-    }
+    together: dict[Any, dict[str, Array]] = defaultdict(dict)  # what is on the same devices
+    for name, leaf in zip(described := _describe(state), jax.tree.leaves(state)):
+        together[getattr(leaf.sharding, "mesh", leaf.sharding)][name] = leaf
+    for leaves in together.values():
+        # One program after the other: on CPU devices, those that sum over all of them and are under
+        # way at once take each other's threads and wait for ever.
+        for name, fingerprint in zip(leaves, jax.device_get(_fingerprints([*leaves.values()]))):
+            described[name]["fingerprint"] = int(fingerprint)
+    return described
 
 
 @jax.jit
+def _fingerprints(arrays: list[Array]) -> list[Array]:
+    return [_fingerprint(x) for x in arrays]
+
+
 def _fingerprint(x: Array) -> Array:
     """Σ_i mix(word_i ⊕ mix(i)) modulo 2^32, over the 32-bit words of the array in C order.
 

@@ -48,6 +48,7 @@ FREE_KEYS = (
     "validation_tokens",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_checkpoint_every",
     "max_nonfinite_steps",
     "sample",
     "quantize",

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import platform
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
@@ -79,14 +80,16 @@ class Corpus(NamedTuple):
         """How many tokens a step reads, and a name for their rate."""
         return config.batch_size * config.length, "tokens_per_second"
 
-    def batches(self, config: ConfigDict, **process: int) -> grain.IterDataset[Batch]:
-        """The endless training batches of a process."""
+    def batches(
+        self, config: ConfigDict, rows: np.ndarray | None = None
+    ) -> grain.IterDataset[Batch]:
+        """The endless training batches, or of each only these rows."""
         return train_batches(
             self.train,
             batch_size=config.batch_size,
             length=config.length,
             seed=config.seed,
-            **process,
+            rows=rows,
         )
 
     def held_out(self, config: ConfigDict) -> tuple[list[Batch], dict[str, float]]:
@@ -178,15 +181,14 @@ def train_batches(
     batch_size: int,
     length: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.IterDataset[Batch]:
     """Endless batches of windows in an order that is shuffled anew every epoch.
 
     The windows of all epochs form one endless sequence, of which the k-th global batch takes
-    `batch_size` in a row, across the end of an epoch too; of those, process p takes each
-    `process_count`-th, from its p-th on. So a global batch holds the same windows whatever the
-    number of processes, and an epoch holds every window once.
+    `batch_size` in a row, across the end of an epoch too: an epoch holds every window once. A
+    process makes those rows of a global batch that its devices hold, and so the batch is the same
+    array whatever the number of processes.
 
     `iter(dataset)` is a `grain.DatasetIterator`. Its `get_state()` is the number of batches taken,
     and `set_state()` continues exactly there; orbax saves and restores it with
@@ -198,18 +200,17 @@ def train_batches(
       batch_size: rows of the global batch, over all processes together.
       length: tokens per row.
       seed: in [0, 2**32); the same one in every process.
-      process_index: the process to make batches for, `jax.process_index()`.
-      process_count: number of processes, `jax.process_count()`; must divide `batch_size`.
+      rows: the rows of the global batch to make, in this order; `Program.rows` are those that a
+        process needs. Default: all.
 
     Returns:
-      A dataset of `{"inputs", "targets", "ids"}`: int32 `[batch_size / process_count, length]`
-      twice, the targets being the inputs shifted by one token, and the index of each row's window,
-      int32 `[batch_size / process_count]`, below `num_windows(tokens, length)`.
+      A dataset of `{"inputs", "targets", "ids"}`: int32 `[rows, length]` twice, the targets being
+      the inputs shifted by one token, and the index of each row's window, int32 `[rows]`, below
+      `num_windows(tokens, length)`.
 
     Raises:
-      ValueError: fewer tokens than one window, sizes that are not positive, a `batch_size` that
-        `process_count` does not divide, a `process_index` outside of the processes, or a `seed`
-        out of range.
+      ValueError: fewer tokens than one window, sizes that are not positive, `rows` that are not in
+        the batch, or a `seed` out of range.
 
     Example:
       >>> tokens = np.arange(100, dtype=np.uint16)
@@ -223,8 +224,7 @@ def train_batches(
         lambda ids: _inputs_and_targets(windows[ids]),
         batch_size=batch_size,
         seed=seed,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
 
 
@@ -234,8 +234,7 @@ def example_batches(
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.IterDataset[Batch]:
     """Endless batches of examples in an order that is shuffled anew every epoch: see
     `train_batches`.
@@ -243,39 +242,35 @@ def example_batches(
     Args:
       num_examples: examples of an epoch.
       gather: makes a batch of the examples of given ids, int32 `[rows]`.
-      batch_size, seed, process_index, process_count: as in `train_batches`.
+      batch_size, seed, rows: as in `train_batches`.
 
     Returns:
       A dataset of what `gather` makes, and "ids".
 
     Raises:
-      ValueError: sizes that are not positive, a `batch_size` that `process_count` does not divide,
-        a `process_index` outside of the processes, or a `seed` out of range.
+      ValueError: sizes that are not positive, `rows` that are not in the batch, or a `seed` out of
+        range.
 
     Example:
       >>> batches = example_batches(5, lambda ids: {"inputs": ids}, batch_size=2, seed=0)
       >>> sorted(next(iter(batches)))
       ['ids', 'inputs']
     """
-    check_interval(1, np.inf, batch_size=batch_size, process_count=process_count)
-    check_interval(0, process_count - 1, process_index=process_index)
+    check_interval(1, np.inf, batch_size=batch_size)
     check_interval(0, 2**32 - 1, seed=seed)
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size must be divisible by process_count, got {batch_size} and {process_count}"
-        )
+    if rows is None:
+        rows = np.arange(batch_size)
+    elif not np.isin(rows, np.arange(batch_size)).all():
+        raise ValueError(f"rows must be in [0, {batch_size - 1}], got {rows}")
+    order = grain.MapDataset.range(num_examples).seed(seed).shuffle().repeat()
 
-    def batch(indices: Sequence[int]) -> Batch:
-        ids = np.array(indices, np.int32)
+    def batch(number: int) -> Batch:
+        ids = np.array([order[number * batch_size + row] for row in rows.tolist()], np.int32)
         return gather(ids) | {"ids": ids}
 
-    # Indices, not windows, go through grain: a batch is then gathered in one step, at half the cost
     return (
-        grain.MapDataset.range(num_examples)
-        .seed(seed)
-        .shuffle()
-        .repeat()[process_index::process_count]
-        .batch(batch_size // process_count, batch_fn=batch)
+        grain.MapDataset.range(sys.maxsize // batch_size)
+        .map(batch)
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     )
 

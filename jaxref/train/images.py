@@ -64,8 +64,10 @@ class ImageSet(NamedTuple):
         """How many images a step reads, and a name for their rate."""
         return config.batch_size, "images_per_second"
 
-    def batches(self, config: ConfigDict, **process: int) -> grain.IterDataset[Batch]:
-        """The endless training batches of a process."""
+    def batches(
+        self, config: ConfigDict, rows: np.ndarray | None = None
+    ) -> grain.IterDataset[Batch]:
+        """The endless training batches, or of each only these rows."""
 
         def gather(ids: np.ndarray) -> Batch:
             return {"inputs": self.train_images[ids], "targets": self.train_labels[ids]}
@@ -75,7 +77,7 @@ class ImageSet(NamedTuple):
             gather,
             batch_size=config.batch_size,
             seed=config.seed,
-            **process,
+            rows=rows,
         )
 
     def held_out(self, config: ConfigDict) -> tuple[list[Batch], dict[str, float]]:

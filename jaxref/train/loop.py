@@ -8,21 +8,24 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 from grain import DatasetIterator
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxref.train.checkpoints import CheckpointError, Checkpoints
 from jaxref.train.config import FREE_KEYS, ConfigError
 from jaxref.train.data import Corpus, load_corpus
+from jaxref.train.distributed import agreed_termination, first_process
 from jaxref.train.images import ImageSet, load_images
 from jaxref.train.losses import class_logits
-from jaxref.train.observe import NO_STEPS, Stopwatch, Trace, facts
+from jaxref.train.observe import NO_STEPS, Stopwatch, Trace, facts, seconds_at_peak
 from jaxref.train.program import Batch, Program, TrainState, build
 from jaxref.train.quantized import directory, load_quantized, run_quantized
 from jaxref.train.records import (
@@ -75,13 +78,14 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
     data = load(config)
     program = build_program(config, data)
     validation = Validation(config, data, program)
-    batches = training_batches(config, data)
+    batches = training_batches(config, data, program.rows)
     if isinstance(data, Corpus):  # what is wrong should show now, not after the training
         prompt_tokens(config, data)
         _check_generates(config, program)
     workdir = open_workdir(workdir)
-    check_config(workdir, config.to_dict(), free=FREE_KEYS)
-    with Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints) as checkpoints:
+    first_process(lambda: check_config(workdir, config.to_dict(), free=FREE_KEYS))
+    kept = {"keep": config.keep_checkpoints, "keep_every": config.keep_checkpoint_every}
+    with Checkpoints(workdir / "checkpoints", **kept) as checkpoints:
         restored = checkpoints.restore(program.abstract_state, batches)
         if restored is None:
             state, start = program.init(jax.random.key(config.seed)), 0
@@ -114,15 +118,21 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
     if step < config.steps:
         print(f"Terminated and saved at step {step}. The same command continues.")
         return
-    if jax.process_index() == 0:
+    primary = jax.process_index() == 0
+    if primary:
         plot = save_loss_plot(workdir, baselines=validation.baselines, unit=data.unit)
         print(f"Loss curve: {plot}")
-        if isinstance(data, Corpus):
-            text = _sampled_text(config, data, program, state)
-            write_text_atomic(workdir / _outcome(data), text + "\n")
-            print(f"Sample ({workdir / _outcome(data)}):\n{text}")
-        else:
-            print(f"Predictions: {_save_predictions(data, program, state, workdir)}")
+    outcome = workdir / _outcome(data)
+    if isinstance(data, Corpus):
+        text = _sampled_text(config, data, program, state)
+        if primary:
+            write_text_atomic(outcome, text + "\n")
+        print(f"Sample ({outcome}):\n{text}")
+    else:
+        predicted = _predictions(data, program, state)
+        if primary:
+            save_prediction_plot(workdir, *_shown(data), predicted)
+        print(f"Predictions: {outcome}")
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> None:
@@ -174,7 +184,9 @@ def restore(
       CheckpointError: there is no checkpoint that can be read.
     """
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        restored = checkpoints.restore(program.abstract_state, training_batches(config, data))
+        restored = checkpoints.restore(
+            program.abstract_state, training_batches(config, data, program.rows)
+        )
     if restored is None:
         raise CheckpointError(f"{workdir} holds no checkpoint yet; train first")
     return restored
@@ -190,10 +202,9 @@ class Validation:
     def __init__(self, config: ConfigDict, data: Data, program: Program):
         self._program = program
         self._unit = data.unit
-        rows = config.batch_size // jax.process_count()
-        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
         batches, self.baselines = data.held_out(config)
-        self._batches = [{name: array[mine] for name, array in b.items()} for b in batches]
+        rows = program.rows
+        self._batches = [{name: array[rows] for name, array in b.items()} for b in batches]
 
     def measure(self, state: TrainState) -> dict[str, float]:
         """`loss`, the mean cross-entropy in nats, and for images `accuracy`; of the averaged
@@ -238,6 +249,7 @@ def _run(
     """The steps after `start`, and the number of the last one taken."""
     primary = jax.process_index() == 0
     count, per_second = data.per_step(config)
+    ideal = seconds_at_peak(config, data, program, state)
     step = start
     with contextlib.ExitStack() as stack:
         records = stack.enter_context(Records(workdir, resume_step=start)) if primary else None
@@ -258,15 +270,17 @@ def _run(
                     with watch.measure("aside", after=state):
                         _write_norms(step, program.norms(state, batch), records)
                 state, metrics = program.step(state, batch)
-            last, stop = step == config.steps, terminated()
+            last, stop = step == config.steps, terminated(step)
             values: dict[str, float] = {}
             if step % config.log_every == 0 or last:
                 values = {name: float(value) for name, value in metrics._asdict().items()}
+                values["learning_rate"] = float(program.schedule(step - 1))
+                values["nonfinite_steps"] = int(state.nonfinite)
                 seconds = watch.lap(step - logged)
                 speed = count / sum(seconds.values())
                 values |= {per_second: speed, **seconds}
-                values["learning_rate"] = float(program.schedule(step - 1))
-                values["nonfinite_steps"] = int(state.nonfinite)
+                if ideal is not None:
+                    values["model_flops_utilisation"] = ideal / sum(seconds.values())
                 logged = step
                 bar.set_postfix_str(
                     f"loss {values['loss']:.3f}, lr {values['learning_rate']:.1e}, "
@@ -285,6 +299,8 @@ def _run(
                 records.write(step, values)
             if step % config.checkpoint_every == 0 or last or stop:
                 with watch.measure("save", after=state):
+                    if records is not None:
+                        records.flush()
                     checkpoints.save(step, state, batches, config=config.to_dict(), blocking=stop)
             if stop:
                 break
@@ -303,12 +319,16 @@ def _progress_bar(start: int, steps: int, *, disable: bool) -> tqdm:
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[Callable[[], bool]]:
+def _termination() -> Iterator[Callable[[int], bool]]:
     """Within this context the first SIGTERM or Ctrl-C ends nothing; the function that it gives says
-    if one came. A second one acts as ever."""
+    after each step if one came. A second one acts as ever. Several processes agree on the step."""
+    if jax.distributed.is_initialized():
+        with agreed_termination() as after:
+            yield after
+        return
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield received.is_set  # only the main thread may handle signals
+        yield lambda _: received.is_set()  # only the main thread may handle signals
         return
 
     def receive(number: int, _: object) -> None:
@@ -317,7 +337,7 @@ def _termination() -> Iterator[Callable[[], bool]]:
 
     previous = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield received.is_set
+        yield lambda _: received.is_set()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -383,10 +403,11 @@ def build_program(config: ConfigDict, data: Data) -> Program:
     return build(config, **data.sizes(config))
 
 
-def training_batches(config: ConfigDict, data: Data) -> DatasetIterator:
-    """This process's endless training batches, which a checkpoint can save."""
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return iter(data.batches(config, **process))
+def training_batches(
+    config: ConfigDict, data: Data, rows: np.ndarray | None = None
+) -> DatasetIterator:
+    """The endless training batches, or of each these rows; a checkpoint can save where they are."""
+    return iter(data.batches(config, rows))
 
 
 def _introduce(
@@ -421,17 +442,20 @@ def _last_validation(workdir: Path, validation: Validation, state: TrainState) -
     return measured if "loss" in measured else validation.measure(state)
 
 
-def _save_predictions(data: ImageSet, program: Program, state: TrainState, workdir: Path) -> Path:
-    """Draws held-out images with what the model takes them for, its mistakes first."""
-    params = state.params if state.average is None else state.average
-    images, labels = data.validation_images[:1024], data.validation_labels[:1024]
+def _shown(data: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    """The held-out images that are drawn, and their labels."""
+    return data.validation_images[:1024], data.validation_labels[:1024]
 
-    @jax.jit
+
+def _predictions(data: ImageSet, program: Program, state: TrainState) -> np.ndarray:
+    """What the model takes the images for that are drawn."""
+    params = state.params if state.average is None else state.average
+
+    @partial(jax.jit, out_shardings=NamedSharding(program.mesh, PartitionSpec()))
     def predict(params: Any, model_state: Any, images: Any) -> Any:
         return class_logits(program.model(params, model_state), images).argmax(axis=-1)
 
-    predicted = np.asarray(predict(params, state.model_state, images))
-    return save_prediction_plot(workdir, images, labels, predicted)
+    return np.asarray(predict(params, state.model_state, _shown(data)[0]))
 
 
 def prompt_tokens(config: ConfigDict, corpus: Corpus) -> np.ndarray:

@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils.epath import Path
 from flax import nnx
 from jax import Array
 from ml_collections import ConfigDict
@@ -165,7 +165,9 @@ def quantized_model(config: ConfigDict, data: Data, program: Program, model: Any
         """The first of the training, the same ones every time."""
         bar.set_postfix_str(f"calibrating {name}", refresh=False)
         end = bar.n + options.calibration_batches
-        first = itertools.islice(training_batches(config, data), options.calibration_batches)
+        first = itertools.islice(
+            training_batches(config, data, program.rows), options.calibration_batches
+        )
         try:
             for batch in first:
                 yield program.put({"inputs": batch["inputs"]})
@@ -195,7 +197,7 @@ def quantized_model(config: ConfigDict, data: Data, program: Program, model: Any
         bar.update()
         return weight
 
-    paths = called_linears(model, next(training_batches(config, data)), call=call)
+    paths = called_linears(model, next(training_batches(config, data, program.rows)), call=call)
     if not paths:
         raise ConfigError(f"model.name={config.model.name} calls no linear layers to quantize")
     groups = blocks(paths)
@@ -304,7 +306,8 @@ def _timed_run(
             )
 
     else:
-        batch = program.put(data.held_out(config)[0][0])
+        held_out = data.held_out(config)[0][0]
+        batch = program.put({name: array[program.rows] for name, array in held_out.items()})
         count = config.batch_size
 
         def once() -> Any:

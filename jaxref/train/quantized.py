@@ -7,11 +7,11 @@ formats, shapes, types.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils.epath import Path
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -31,7 +31,8 @@ from jaxref.quantization import (
     QTensor,
     QuantSpec,
 )
-from jaxref.train.checkpoints import CheckpointError, Checkpoints
+from jaxref.train.checkpoints import CheckpointError, Checkpoints, has_checkpoint
+from jaxref.train.places import total_bytes
 from jaxref.train.program import (
     NO_STATE,
     Batch,
@@ -140,8 +141,7 @@ def save_quantized(path: Path, model: Any, *, step: int, config: ConfigDict) -> 
         number = (checkpoints.latest_step() or 0) + 1
         arrays = _by_name(nnx.to_pure_dict(nnx.state(model)))
         checkpoints.save(number, arrays, config=content, blocking=True)
-    files = (path / str(number) / "state").rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return total_bytes(path / str(number) / "state")
 
 
 def load_quantized(path: Path, program: Program) -> tuple[Any, int]:
@@ -155,8 +155,8 @@ def load_quantized(path: Path, program: Program) -> tuple[Any, int]:
       CheckpointError: there is none, or none that can be read.
       ValueError: it is of another model than the program's.
     """
-    if not _is_written(path):
-        written = sorted(other.name for other in path.parent.glob("*") if _is_written(other))
+    if not has_checkpoint(path):
+        written = sorted(other.name for other in path.parent.glob("*") if has_checkpoint(other))
         raise CheckpointError(
             f"{path.parent.parent} holds no quantized model {path.name}"
             + (f", but {', '.join(written)}" if written else "")
@@ -283,13 +283,6 @@ def _describe_array(array: Any) -> dict[str, Any]:
 
 def _abstract_array(description: dict[str, Any]) -> Any:
     return jax.ShapeDtypeStruct(tuple(description["shape"]), jnp.dtype(description["dtype"]))
-
-
-def _is_written(path: Path) -> bool:
-    """Whether a directory has a checkpoint, complete or damaged; not one that is half written."""
-    return path.is_dir() and any(
-        entry.name.removeprefix("damaged-").isdigit() for entry in path.iterdir()
-    )
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

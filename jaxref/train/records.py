@@ -1,7 +1,10 @@
 """What a training run writes besides checkpoints: its configuration, its metrics, its curve.
 
 All of it lives in the run's working directory: `config.json`, `metrics.jsonl` with one line a
-record, TensorBoard event files with the same numbers, `loss.png`, and for images `predictions.png`.
+record, `norms.jsonl` where the run measures norms, TensorBoard event files with the same numbers,
+`starts.jsonl` with one line for each time that the run was started, `loss.png`, and for images
+`predictions.png`. The directory may be a place in an object store, where files can only be written
+as a whole.
 """
 
 import errno
@@ -9,12 +12,17 @@ import io
 import json
 import math
 import os
+import secrets
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
+from etils import epath
+
+from jaxref.train.places import copy_files, is_remote, only_os_errors, place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,10 +32,12 @@ TRAINING_LOSS = "loss"
 VALIDATION_LOSS = "validation_loss"
 
 _METRICS = "metrics.jsonl"
+_NORMS = "norms.jsonl"
+_STARTS = "starts.jsonl"
 _CONFIG = "config.json"
 
 
-def open_workdir(path: str | os.PathLike) -> Path:
+def open_workdir(path: str | os.PathLike) -> epath.Path:
     """Creates the working directory where it is missing and makes sure that it can be written.
 
     Args:
@@ -39,19 +49,21 @@ def open_workdir(path: str | os.PathLike) -> Path:
     Raises:
       OSError: of the fitting kind (PermissionError, NotADirectoryError, ...), with a message that
         says which path cannot be used and what to do.
+      ValueError: as `place`.
     """
-    workdir = Path(path).expanduser().absolute()
+    workdir = place(path)
     try:
-        if workdir.exists() and not workdir.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x")  # the permission bits alone know nothing of read-only mounts
-        probe.unlink()
+        with only_os_errors(workdir):
+            if workdir.exists() and not workdir.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            workdir.mkdir(parents=True, exist_ok=True)
+            probe = workdir / f".probe-{secrets.token_hex(8)}"
+            probe.write_bytes(b"x")  # the permission bits alone know nothing of read-only mounts
+            probe.unlink()
     except OSError as error:
         raise OSError(
-            error.errno,
-            f"the working directory cannot be written ({error.strerror}), "
+            error.errno or errno.EIO,
+            f"the working directory cannot be written ({error.strerror or error}), "
             "choose another with --workdir",
             str(workdir),
         ) from error
@@ -64,7 +76,7 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     Raises:
       OSError: it cannot be written; the old file is still there.
     """
-    _write_atomic(Path(path), text.encode())
+    _write_atomic(epath.Path(path), text.encode())
 
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
@@ -108,7 +120,7 @@ def check_config(
         optimizer.name: workdir has 'lion', you asked for 'adamw'
       Use the same configuration to continue this run, or another --workdir for a new one.
     """
-    path = Path(workdir) / _CONFIG
+    path = epath.Path(workdir) / _CONFIG
     asked = json.loads(json.dumps(config))  # tuples are lists, as they are in the file
     if path.exists():
         try:
@@ -138,12 +150,14 @@ def check_config(
 
 
 class Records:
-    """The metrics of a run, appended to `metrics.jsonl` and to TensorBoard event files.
+    """The metrics of a run, appended to `metrics.jsonl` and to TensorBoard event files; norms of
+    single arrays likewise, but to `norms.jsonl`.
 
     Opened again after a crash, it drops what was written after `resume_step`, a line that the
     crash cut short included, so that the resumed run has every step once. When `write` returns, the
     line is in the file, and a killed process does not lose it; TensorBoard's file is up to a
-    second behind. Only one process of a run may have the records open.
+    second behind. In an object store the files are as they were at the last `flush`. Only one
+    process of a run may have the records open.
 
     Args:
       workdir: the working directory.
@@ -164,11 +178,18 @@ class Records:
     def __init__(self, workdir: str | os.PathLike, *, resume_step: int):
         from tensorboardX import SummaryWriter  # slow: it imports torch where there is one
 
-        path = Path(workdir) / _METRICS
-        kept = [row for row in _complete_lines(path) if row["step"] <= resume_step]
-        write_text_atomic(path, "".join(f"{json.dumps(row)}\n" for row in kept))
-        self._lines = path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1, flush_secs=1)
+        self._workdir = place(workdir)
+        self._directory = self._workdir
+        self._resume_step = resume_step
+        if is_remote(workdir):
+            self._temporary = tempfile.TemporaryDirectory(prefix="jaxref-records-")
+            self._directory = epath.Path(self._temporary.name)
+        for name in (_METRICS, _NORMS):
+            rows = _complete_lines(self._workdir / name)
+            if rows or name == _METRICS:
+                self._replace(name, [row for row in rows if row["step"] <= resume_step])
+        self._lines = (self._directory / _METRICS).open("a")
+        self._events = SummaryWriter(str(self._directory), purge_step=resume_step + 1, flush_secs=1)
 
     def __enter__(self) -> "Records":
         return self
@@ -185,16 +206,59 @@ class Records:
             are not finite are the strings "nan", "inf" and "-inf", as JSON has no such numbers.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        row = {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
-        self._lines.write(json.dumps({"step": int(step), **row}) + "\n")
+        self._lines.write(json.dumps({"step": int(step), **_json(values)}) + "\n")
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, int(step))
 
+    def write_norms(self, step: int, **norms: Mapping[str, Any]) -> None:
+        """Appends one record to `norms.jsonl`.
+
+        Args:
+          step: the training step that they belong to.
+          **norms: by what they are of, "parameters" say: for each array by its path a number, or
+            `[layers]` of them for one that is of several layers.
+        """
+        row = {
+            kind: {path: _json(np.asarray(value).tolist()) for path, value in of_kind.items()}
+            for kind, of_kind in norms.items()
+        }
+        with (self._directory / _NORMS).open("a") as lines:
+            lines.write(json.dumps({"step": int(step), **row}) + "\n")
+        for kind, of_kind in norms.items():
+            for path, value in of_kind.items():
+                for index, single in np.ndenumerate(np.asarray(value)):
+                    if np.isfinite(single):  # each other one would be a warning
+                        tag = "/".join(map(str, (f"norms_of_{kind}", path, *index)))
+                        self._events.add_scalar(tag, float(single), int(step))
+
+    def write_start(self, facts: Mapping[str, Any]) -> None:
+        """Appends to `starts.jsonl` the step that the run continues from, the seconds since the
+        epoch, and what else is to be known of this start, of what JSON can hold."""
+        rows = _complete_lines(self._workdir / _STARTS)
+        start = {"step": max(self._resume_step, 0), "time": time.time(), **facts}
+        self._replace(_STARTS, [*rows, start])
+        self.flush()
+
+    def _replace(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        write_text_atomic(self._directory / name, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def flush(self) -> None:
+        """Writes to the object store what it does not have, if the working directory is in one.
+
+        To be called before a checkpoint is saved: a run that continues from it lacks no record.
+        """
+        if self._directory != self._workdir:
+            self._events.flush()
+            copy_files(self._directory, self._workdir)
+
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the files, all written."""
+        self.flush()
         self._lines.close()
         self._events.close()
+        if self._directory != self._workdir:
+            self._temporary.cleanup()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -203,10 +267,18 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     A last line that was cut short is left out, and any other that is not a record with a warning.
     No file is no records. It may be read during a run.
     """
-    return [
-        {name: float(v) if isinstance(v, str) else v for name, v in row.items()}
-        for row in _complete_lines(Path(workdir) / _METRICS)
-    ]
+    return [_numbers(row) for row in _complete_lines(epath.Path(workdir) / _METRICS)]
+
+
+def read_norms(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records in `norms.jsonl`, `{"step": int, kind: {path: norm or [norm by layer]}}` each, as
+    `read_metrics` reads the others."""
+    return [_numbers(row) for row in _complete_lines(epath.Path(workdir) / _NORMS)]
+
+
+def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of `starts.jsonl`, in their order: `{"step": int, "time": seconds, ...}` each."""
+    return _complete_lines(epath.Path(workdir) / _STARTS)
 
 
 def plot_loss(
@@ -238,20 +310,28 @@ def plot_loss(
     ax.plot(steps, _smooth(loss), color="tab:blue", linewidth=1.8, label="training")
     steps, loss = _curve(metrics, VALIDATION_LOSS)
     ax.plot(steps, loss, "o", color="tab:orange", markersize=5, label="validation", clip_on=False)
-    for name, level in baselines.items():
+    for level in baselines.values():
         ax.axhline(level, color="0.35", linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
+    ax.set_ylim(bottom=0)
+    close = 0.05 * ax.get_ylim()[1]  # the height of a label, about
+    for name, level in baselines.items():
+        distances = [level - other for other in baselines.values()]
+        va = "center"
+        if any(0 < distance < close for distance in distances):
+            va = "bottom"
+        elif any(-close < distance < 0 for distance in distances):
+            va = "top"
         ax.annotate(  # in the right margin, clear of the curves
             f"{name} {level:.2f}",
             (1, level),
             xycoords=ax.get_yaxis_transform(),
             xytext=(5, 0),
             textcoords="offset points",
-            va="center",
+            va=va,
             fontsize="small",
             color="0.25",
         )
     ax.set(xlabel="training step", ylabel=f"loss (nats per {unit})")
-    ax.set_ylim(bottom=0)
     ax.margins(x=0.015)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
@@ -263,7 +343,7 @@ def plot_loss(
 
 def save_loss_plot(
     workdir: str | os.PathLike, *, baselines: Mapping[str, float], unit: str = "byte"
-) -> Path:
+) -> epath.Path:
     """Draws `plot_loss` of the working directory's metrics to its `loss.png`.
 
     No display is needed, and matplotlib's current figure is left alone.
@@ -280,7 +360,7 @@ def save_loss_plot(
     figure = _new_figure()
     plot_loss(read_metrics(workdir), baselines=baselines, unit=unit, ax=figure.subplots())
     figure.savefig(picture, format="png")
-    path = Path(workdir) / "loss.png"
+    path = epath.Path(workdir) / "loss.png"
     _write_atomic(path, picture.getvalue())
     return path
 
@@ -331,7 +411,7 @@ def plot_predictions(
 
 def save_prediction_plot(
     workdir: str | os.PathLike, images: np.ndarray, labels: np.ndarray, predicted: np.ndarray
-) -> Path:
+) -> epath.Path:
     """Draws `plot_predictions` to the working directory's `predictions.png`.
 
     Returns:
@@ -339,13 +419,16 @@ def save_prediction_plot(
     """
     picture = io.BytesIO()
     plot_predictions(images, labels, predicted).savefig(picture, format="png")
-    path = Path(workdir) / "predictions.png"
+    path = epath.Path(workdir) / "predictions.png"
     _write_atomic(path, picture.getvalue())
     return path
 
 
-def _write_atomic(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write_atomic(path: epath.Path, data: bytes) -> None:
+    if is_remote(path):  # an object appears as a whole
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -357,11 +440,12 @@ def _write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
+def _complete_lines(path: epath.Path) -> list[dict[str, Any]]:
     """The records in the file, as they stand there, without a last one that was cut short."""
     if not path.exists():
         return []
-    *lines, _ = path.read_text(errors="replace").split("\n")  # what no newline ends is torn
+    # What no newline ends is torn.
+    *lines, _ = path.read_bytes().decode(errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -372,6 +456,25 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
         else:
             rows.append(row)
     return rows
+
+
+def _json(value: Any) -> Any:
+    """A number, or numbers in a list or a mapping, of which those that JSON does not have are
+    strings."""
+    if isinstance(value, Mapping):
+        return {name: _json(below) for name, below in value.items()}
+    if isinstance(value, list):
+        return [_json(below) for below in value]
+    return value if math.isfinite(value) else str(value)
+
+
+def _numbers(value: Any) -> Any:
+    """The numbers again, of what `_json` made."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(below) for name, below in value.items()}
+    if isinstance(value, list):
+        return [_numbers(below) for below in value]
+    return float(value) if isinstance(value, str) else value
 
 
 class _Nothing:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental.multihost_utils import process_allgather
 
 from jaxref.core.checks import check_interval
 from jaxref.models import generate
@@ -71,7 +72,7 @@ def sample(
             cache=cache,
             key=None if key is None else jax.random.fold_in(key, tokens.size),
         )
-        tokens = np.concatenate([tokens, np.asarray(drawn[0])])
+        tokens = np.concatenate([tokens, process_allgather(drawn[0], tiled=True)])
     return tokens
 
 

@@ -22,6 +22,7 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxref
+from jaxref.train import checkpoints as checkpoints_module
 from jaxref.train.checkpoints import CheckpointError, Checkpoints, _crc32, _fingerprint
 
 # Runs are compared bit for bit with those of other processes.
@@ -190,6 +191,16 @@ class TestRoundTrip:
         with Checkpoints(tmp_path, keep=2) as checkpoints:
             assert checkpoints.all_steps() == [4, 5]
 
+    def test_every_so_many_steps_one_is_kept_for_ever(self, tmp_path):
+        options = {"keep": 1, "keep_every": 3}
+        with Checkpoints(tmp_path, **options) as checkpoints:
+            train(checkpoints, initial_state(), batches(), 0, 5, every=1)
+        with Checkpoints(tmp_path, **options) as checkpoints:
+            assert checkpoints.all_steps() == [3, 5]
+            train(checkpoints, initial_state(), batches(), 5, 8, every=1)
+            checkpoints.wait()
+            assert checkpoints.all_steps() == [3, 6, 8]
+
     def test_a_relative_directory(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with Checkpoints("here") as checkpoints:
@@ -328,7 +339,23 @@ class TestDamage:
                 assert sorted(p.name for p in run.iterdir()) == ["2", "4", "damaged-6"]
                 fallbacks.append(file)
             shutil.rmtree(run)
-        assert {f.parent.name for f in fallbacks} >= {"manifest", "iterator", "d"}
+        assert {f.parent.name for f in fallbacks} >= {"manifest", "state", "d"}
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    @pytest.mark.parametrize("kind", ["manifest/metadata", "state/manifest.ocdbt", "state/d/*"])
+    def test_the_newest_two_damaged_alike(self, trained, copy, warnings, damage, kind):
+        _, states, following = trained
+        for step in (4, 6):
+            for file in (copy / str(step)).glob(kind):
+                DAMAGES[damage](file)
+        with Checkpoints(copy) as checkpoints:
+            iterator = batches()
+            state, step = checkpoints.restore(abstract(states[6]), iterator)
+        assert step == 2
+        assert_same_bits(state, states[2])
+        np.testing.assert_array_equal(next(iterator), following[2])
+        assert [message.split()[2] for message in warnings] == [f"{copy / s}:" for s in "64"]
+        assert sorted(p.name for p in copy.iterdir()) == ["2", "damaged-4", "damaged-6"]
 
     def test_values_that_only_the_fingerprint_can_tell_from_the_right_ones(
         self, trained, copy, warnings
@@ -347,17 +374,14 @@ class TestDamage:
         assert_same_bits(state, states[4])
         assert warnings == [f"Damaged checkpoint {copy / '6'}: not what was written: params.b"]
 
-    def test_a_changed_position_of_the_iterator(self, trained, copy, warnings):
-        (file,) = (copy / "6" / "iterator").glob("process_*.json")
-        file.write_text(file.read_text().replace("6", "7"))
-        with Checkpoints(copy) as checkpoints:
-            _, step = checkpoints.restore(abstract(trained[1][6]), batches())
-        assert step == 4
-        assert "the input pipeline's position" in warnings[0]
-
-    def test_a_changed_manifest(self, trained, copy, warnings):
+    @pytest.mark.parametrize(
+        ("written", "changed"),
+        [('"width": 4', '"width": 5'), ('{"next_index": 6}', '{"next_index": 7}')],
+    )
+    def test_a_changed_manifest(self, trained, copy, warnings, written, changed):
         file = copy / "6" / "manifest" / "metadata"
-        file.write_text(file.read_text().replace('"width": 4', '"width": 5'))
+        assert written in file.read_text()
+        file.write_text(file.read_text().replace(written, changed))
         with Checkpoints(copy) as checkpoints:
             _, step = checkpoints.restore(abstract(trained[1][6]), batches())
         assert step == 4
@@ -528,20 +552,31 @@ class TestErrors:
         ):
             checkpoints.restore(abstract(trained[1][6]))
 
-    def test_another_number_of_processes(self, trained, copy):
+    def test_a_checkpoint_of_an_earlier_version(self, trained, copy):
         file = copy / "6" / "manifest" / "metadata"
         content = json.loads(file.read_text())["content"]
-        content["iterator"] *= 2
+        content["iterator"] = [123456]  # a fingerprint for each process, as it was
         file.write_text(json.dumps({"crc32": _crc32(content), "content": content}))
         with (
             Checkpoints(copy) as checkpoints,
-            pytest.raises(ValueError, match="a run with 2 processes, this one has 1"),
+            pytest.raises(ValueError, match=f"{copy / '6'} is of an earlier version"),
         ):
             checkpoints.restore(abstract(trained[1][6]), batches())
 
-    def test_keep(self, tmp_path):
-        with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-            Checkpoints(tmp_path, keep=0)
+    def test_processes_at_different_batches(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(checkpoints_module, "process_allgather", lambda x: np.stack([x, x + 1]))
+        with (
+            Checkpoints(tmp_path) as checkpoints,
+            pytest.raises(CheckpointError, match=r"(?s)step 1 .* of process 0 at .*next_index': 0"),
+        ):
+            checkpoints.save(1, initial_state(), batches(), config={})
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("bad", [{"keep": 0}, {"keep_every": -1}])
+    def test_what_to_keep(self, tmp_path, bad):
+        (name,) = bad
+        with pytest.raises(ValueError, match=f"{name} must be in"):
+            Checkpoints(tmp_path, **bad)
 
 
 class TestUnfinished:
@@ -561,12 +596,6 @@ class TestUnfinished:
     def test_kill_in_the_middle_of_saves(self, tmp_path):
         """Two runs are killed while they write; the third finds its way and is silent."""
         script = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import jax
-jax.config.update("jax_num_cpu_devices", 8)  # as here: it decides how loops are split and rounded
-from checkpoints_test import *
-
 state, iterator, step = initial_state(2**20), batches(), 0
 with Checkpoints({str(tmp_path / "run")!r}) as checkpoints:
     restored = checkpoints.restore(abstract(state), iterator)
@@ -574,23 +603,10 @@ with Checkpoints({str(tmp_path / "run")!r}) as checkpoints:
         state, step = restored
     train(checkpoints, state, iterator, step, 8, every=1)
 """
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(Path(jaxref.__file__).parents[1]),
-            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        }
-        start = lambda: subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
         unfinished = lambda: list(tmp_path.glob(f"run/*{ocp.utils.TMP_DIR_SUFFIX}*"))
         complete = lambda: {int(p.name) for p in tmp_path.glob("run/*") if p.name.isdigit()}
         for kill_at, delay in ((2, 0), (4, 0.03)):
-            process = start()
+            process = start(script)
             while process.poll() is None:
                 if complete() and max(complete()) >= kill_at and unfinished():
                     time.sleep(delay)
@@ -600,7 +616,7 @@ with Checkpoints({str(tmp_path / "run")!r}) as checkpoints:
             output, _ = process.communicate()
             assert process.returncode == -signal.SIGKILL, output
             assert complete()
-        process = start()
+        process = start(script)
         output, _ = process.communicate()
         assert process.returncode == 0, output
         assert output == ""
@@ -614,6 +630,71 @@ with Checkpoints({str(tmp_path / "run")!r}) as checkpoints:
             state, step = checkpoints.restore(abstract(expected), batches())
         assert step == 8
         assert_same_bits(state, expected)
+
+    @pytest.mark.slow
+    def test_what_is_on_disk_at_random_moments(self, tmp_path, warnings):
+        """A process that saves and saves is stopped at random, which leaves on disk what killing it
+        would, and its directory is copied."""
+        size = 2**19
+        script = f"""
+iterator = batches()
+with Checkpoints({str(tmp_path / "run")!r}, keep=2) as checkpoints:
+    for step in range(1, 10**6):
+        next(iterator)
+        checkpoints.save(step, {{"x": jnp.full({size}, step)}}, iterator, config={{}})
+"""
+        process = start(script)
+        draw, found, unfinished = random.Random(0), [], 0
+        try:
+            while not list(tmp_path.glob("run/[0-9]")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            for moment in range(20):
+                time.sleep(draw.uniform(0, 0.2))
+                process.send_signal(signal.SIGSTOP)
+                os.waitpid(process.pid, os.WUNTRACED)
+                shutil.copytree(tmp_path / "run", tmp_path / str(moment))
+                process.send_signal(signal.SIGCONT)
+        finally:
+            process.kill()
+            process.communicate()
+        for moment in range(20):
+            run = tmp_path / str(moment)
+            unfinished += len(list(run.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")))
+            with Checkpoints(run) as checkpoints:
+                iterator = batches()
+                state, step = checkpoints.restore({"x": jnp.zeros(size, int)}, iterator)
+            np.testing.assert_array_equal(state["x"], np.full(size, step))
+            assert iterator.get_state() == {"next_index": step}
+            found.append(step)
+        assert found == sorted(found)
+        assert len(set(found)) > 3
+        assert unfinished > 3
+        assert not warnings
+
+
+def start(script):
+    """A process that runs it with all that is defined here."""
+    prelude = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import jax
+jax.config.update("jax_num_cpu_devices", 8)  # as here: it decides how loops are split and rounded
+from checkpoints_test import *
+"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(jaxref.__file__).parents[1]),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", prelude + script],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def test_a_save_blocks_briefly(tmp_path):

@@ -82,7 +82,8 @@ class TestOverrides:
         assert (config.steps, config.data.name) == (7, "text:a=b.txt")
 
     def test_a_section_may_be_given_as_a_dictionary(self):
-        assert load("mesh={'fsdp': 2}").mesh.to_dict() == {"data": -1, "fsdp": 2, "tensor": 1}
+        assert load("mesh={'fsdp': 2}").mesh == load("mesh.fsdp=2").mesh
+        assert load("mesh.fsdp=2").mesh.data == -1
 
     def test_given_configuration_is_left_alone(self):
         config = load_config()

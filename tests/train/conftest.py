@@ -1,11 +1,16 @@
-"""What the tests of the training app share: a text, a tiny run on it, one device of the eight."""
+"""What the tests of the training app share: a text, a tiny run on it, one device of the eight, the
+program called in this process."""
 
 import random
+import sys
 
 import jax
 import pytest
+from absl import flags
+from absl import logging as absl_logging
 
 from jaxref.parallel import make_mesh
+from jaxref.train import __main__ as cli
 from jaxref.train import program
 from jaxref.train.config import load_config
 
@@ -62,3 +67,31 @@ def devices(monkeypatch):
 
     use(1)
     return use
+
+
+@pytest.fixture
+def arguments(tiny):
+    """`arguments(workdir, "key=value", ...)`: the command line of a tiny run."""
+
+    def of(workdir, *overrides):
+        return [f"--workdir={workdir}", *(f"--config.{change}" for change in tiny(*overrides))]
+
+    return of
+
+
+@pytest.fixture
+def call(devices, monkeypatch, capsys):
+    """`call(*argv)`: runs the program in this process; what it exits with, and what it printed."""
+    verbosity = absl_logging.get_verbosity()
+
+    def called(*argv):
+        monkeypatch.setattr(sys, "argv", ["jaxref-train", *map(str, argv)])
+        monkeypatch.setattr(sys.modules["__main__"], "__doc__", None)
+        for name in ("workdir", "mode", "config", "profile"):
+            flags.FLAGS[name].unparse()
+        with pytest.raises(SystemExit) as error:
+            cli.run()
+        return error.value.code, capsys.readouterr().out
+
+    yield called
+    absl_logging.set_verbosity(verbosity)

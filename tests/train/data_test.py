@@ -257,35 +257,38 @@ class TestTrainBatches:
                 other[a : a + 80] != order[b : b + 80] for a in (0, 80, 160) for b in (0, 80, 160)
             )
 
-    @pytest.mark.parametrize("process_count", [1, 2, 4])
-    def test_processes_cover_every_epoch_once_in_an_order_of_its_own(self, process_count):
-        iterators = [
-            iter(self.batches(process_index=index, process_count=process_count))
-            for index in range(process_count)
-        ]
-        whole = iter(self.batches())
-        epochs = []
-        for _ in range(3):
-            epoch = []
-            for _ in range(10):
-                parts = [starts(next(iterator)) for iterator in iterators]
-                assert all(len(part) == 8 // process_count for part in parts)
-                rows = [start for part in parts for start in part]
-                assert sorted(rows) == sorted(starts(next(whole)))
-                epoch += rows
-            assert sorted(epoch) == list(range(0, 640, 8))
-            epochs.append(epoch)
+    def test_an_epoch_has_every_window_once_in_an_order_of_its_own(self):
+        iterator = iter(self.batches())
+        epochs = [[s for b in take(iterator, 10) for s in starts(b)] for _ in range(3)]
+        assert all(sorted(epoch) == list(range(0, 640, 8)) for epoch in epochs)
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
         assert epochs[0] != sorted(epochs[0])
 
-    @pytest.mark.parametrize("process_count", [1, 2])
-    def test_an_epoch_that_ends_inside_a_batch_loses_nothing(self, process_count):
-        iterators = [
-            iter(self.batches(batch_size=12, process_index=i, process_count=process_count))
-            for i in range(process_count)
+    def test_an_epoch_that_ends_inside_a_batch_loses_nothing(self):
+        rows = [
+            start
+            for batch in take(iter(self.batches(batch_size=12)), 20)
+            for start in starts(batch)
         ]
-        rows = [start for _ in range(20) for it in iterators for start in starts(next(it))]
         assert sorted(rows) == sorted(3 * list(range(0, 640, 8)))
+
+    @pytest.mark.parametrize(
+        "shares",
+        [
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+            [[0, 4], [1, 5], [2, 6], [3, 7]],
+            [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [5, 6, 7]],  # two of one tensor group, a third
+            [[7, 0, 3]],
+        ],
+    )
+    def test_rows_are_those_of_the_whole_batch(self, shares):
+        """Also where an epoch ends inside a batch: 80 windows, 9.09 batches of 8 + 1 row unread."""
+        whole = take(iter(self.batches(batch_size=9)), 20)
+        for rows in map(np.array, shares):
+            iterator = iter(self.batches(batch_size=9, rows=rows))
+            expected = [{name: value[rows] for name, value in b.items()} for b in whole]
+            assert_same_batches(take(iterator, 20), expected)
+            assert iterator.get_state() == {"next_index": 20}
 
     def test_a_corpus_of_fewer_windows_than_rows_repeats_them(self):
         batch = next(iter(train_batches(self.tokens[:17], batch_size=8, length=8, seed=0)))
@@ -294,7 +297,7 @@ class TestTrainBatches:
     @pytest.mark.parametrize("taken", [0, 1, 7, 10, 26])
     def test_state_continues_exactly(self, taken):
         """From the start, inside an epoch, at its end, and inside the third."""
-        options = {"process_index": 1, "process_count": 2}
+        options = {"rows": np.array([1, 2, 6])}
         iterator = iter(self.batches(**options))
         take(iterator, taken)
         state = iterator.get_state()
@@ -328,13 +331,12 @@ class TestTrainBatches:
         assert (time.process_time() - begin) / 200 < 2e-3  # about 2e-4 on an idle machine
 
     def test_bad_arguments(self):
-        with pytest.raises(ValueError, match="divisible by process_count, got 8 and 3"):
-            self.batches(process_count=3)
-        with pytest.raises(ValueError, match=r"process_index must be in \[0, 1\], got 2"):
-            self.batches(process_count=2, process_index=2)
+        for rows in ([0, 8], [-1], [0.5]):
+            with pytest.raises(ValueError, match=r"rows must be in \[0, 7\], got \["):
+                self.batches(rows=np.array(rows))
         with pytest.raises(ValueError, match=r"length \+ 1 = 642, got 641"):
             self.batches(length=641)
-        for name in ("batch_size", "length", "process_count"):
+        for name in ("batch_size", "length"):
             with pytest.raises(ValueError, match=f"{name} must be in"):
                 self.batches(**{name: 0})
         with pytest.raises(ValueError, match="seed must be in"):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import jaxref
@@ -182,7 +183,7 @@ class TestWorkdir:
         def fail(*args):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(Path, "write_bytes", fail)
+        monkeypatch.setattr(epath.Path, "write_bytes", fail)
         with pytest.raises(kind, match=re.escape(os.strerror(number))) as error:
             open_workdir(tmp_path)
         assert error.value.errno == number
@@ -244,6 +245,12 @@ class TestPlot:
         assert ax.get_ylabel() == "loss (nats per byte)"
         legend = [text.get_text() for text in ax.get_legend().get_texts()]
         assert legend == ["training", "validation"]
+
+    def test_labels_of_levels_close_together_make_room(self):
+        ax = plot_loss(METRICS, baselines={"unigram": 3.3, "zlib": 1.5, "lzma": 1.4, "none": 9.0})
+        assert [text.get_va() for text in ax.texts] == ["center", "bottom", "top", "center"]
+        assert ax.get_ylim()[0] == 0
+        assert ax.get_ylim()[1] > 9
 
     def test_the_smoothed_curve_is_a_mean_over_neighbours(self):
         noise = np.random.default_rng(0).normal(size=1000)
