@@ -29,7 +29,10 @@ Configuration
                                pyramid, adaptive_rounding, power, nupes or ternary; how many bits,
                                and inputs to a scale: quantize.bits, quantize.block_size (0: all);
                                and quantize.low_rank makes up for the error
-  --config.mesh.fsdp=N         devices to shard parameters over; also mesh.data, mesh.tensor
+  --config.mesh.AXIS=N         how many devices share what: data (the batch), fsdp (parameters too),
+                               tensor (heads, hidden units, vocabulary), sequence (the tokens of
+                               each sequence), expert (the experts of a mixture); -1 for all that
+                               are left. config.rules says which axis of an array goes where.
 
 Several processes
   --coordinator=HOST:PORT      where process 0 waits for the others; --num_processes, how many there
