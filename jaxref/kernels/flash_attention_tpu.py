@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -155,6 +156,7 @@ def forward(operands: Operands, options: Options) -> tuple[Array, Array]:
             "row": ((sizes.batch, sizes.heads, 1, sizes.q_len), jnp.float32),
         },
         scratch=[(1, sizes.block_q), (1, sizes.block_q), (sizes.value_dim, sizes.block_q)],
+        width=sizes.dim + sizes.value_dim,
         name="forward",
     )
     return _to_public(output, operands), logsumexp[:, :, 0]
@@ -207,8 +209,9 @@ def _query_gradient(
         results["row"] = ((sizes.batch, sizes.heads, 1, sizes.q_len), jnp.dtype(jnp.float32))
         scratch.append((1, sizes.block_q))
     walk = _by_query(sizes, operands, options)
+    width = 2 * sizes.dim + sizes.value_dim
     d_query, *d_slope = _call(
-        kernel, walk, inputs, sizes, options, results, scratch, name="query_gradient"
+        kernel, walk, inputs, sizes, options, results, scratch, width, name="query_gradient"
     )
     return _to_public(d_query, operands), d_slope[0].sum((0, 2, 3)) if has_slopes else None
 
@@ -243,8 +246,9 @@ def _key_gradients(
     }
     scratch = [(sizes.block_k, sizes.dim), (sizes.block_k, sizes.value_dim)]
     walk = _by_key(sizes, operands, options)
+    width = 2 * (sizes.dim + sizes.value_dim)
     d_key, d_value = _call(
-        kernel, walk, inputs, sizes, options, results, scratch, name="key_gradients"
+        kernel, walk, inputs, sizes, options, results, scratch, width, name="key_gradients"
     )
     return _to_public(d_key, operands), _to_public(d_value, operands)
 
@@ -280,7 +284,10 @@ def bias_gradient(
 
     results = {"bias": (inputs.bias.shape, jnp.dtype(jnp.float32))}
     walk = _by_bias(sizes, operands, options)
-    (d_bias,) = _call(kernel, walk, inputs, sizes, options, results, [tile], name="bias_gradient")
+    width = sizes.dim + sizes.value_dim
+    (d_bias,) = _call(
+        kernel, walk, inputs, sizes, options, results, [tile], width, name="bias_gradient"
+    )
     return d_bias.swapaxes(2, 3) if sizes.thin_bias else d_bias
 
 
@@ -448,11 +455,13 @@ def _call(
     options: Options,
     results: Mapping[str, tuple[tuple[int, ...], Any]],
     scratch: Sequence[tuple[int, ...]],
+    width: int,
     name: str,
 ) -> tuple[Array, ...]:
     """Runs `kernel(tile, inputs, *results, *scratch)` over a walk.
 
-    `results` has shapes and types, by what their blocks go along with.
+    `results` has shapes and types, by what their blocks go along with; `width` is how many
+    multiplications the kernel's products have for each logit.
     """
     groups = sizes.heads // sizes.kv_heads
     bias_shape = (1, 1, 1, 1) if inputs.bias is None else inputs.bias.shape
@@ -507,10 +516,17 @@ def _call(
         x = jax.tree.unflatten(jax.tree.structure(inputs), refs[: len(leaves)])
         kernel(tile, x, *refs[len(leaves) :])
 
+    out_shape = [kernel_result(shape, dtype, *leaves) for shape, dtype in results.values()]
+    logits = sizes.batch * sizes.heads * _computed_logits(sizes, options)
+    cost = pl.CostEstimate(
+        flops=2 * width * logits,
+        transcendentals=logits,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*leaves, *out_shape)),
+    )
     semantics: Any = ["parallel"] * (len(walk.grid) - walk.sums) + ["arbitrary"] * walk.sums
     return pl.pallas_call(
         body,
-        out_shape=[kernel_result(shape, dtype, *leaves) for shape, dtype in results.values()],
+        out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=0 if walk.table is None else 1,
             grid=walk.grid,
@@ -519,9 +535,19 @@ def _call(
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        cost_estimate=cost,
         interpret=options.interpret,
         name=f"flash_attention_{name}",
     )(*(() if walk.table is None else (walk.table,)), *leaves)
+
+
+def _computed_logits(sizes: _Sizes, options: Options) -> int:
+    """Logits of a head in the tiles that take part; blocks that a mask leaves out count, too."""
+    if not options.is_causal:
+        return sizes.q_len * sizes.k_len
+    ends = np.minimum((np.arange(sizes.q_blocks) + 1) * sizes.block_q, sizes.q_len)
+    keys = np.minimum(-(-ends // sizes.block_k) * sizes.block_k, sizes.k_len)
+    return int(np.sum(keys * np.diff(ends, prepend=0)))
 
 
 def _positions(at: _Tile, sizes: _Sizes) -> tuple[Array, Array]:

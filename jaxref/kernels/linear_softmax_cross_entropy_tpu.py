@@ -80,6 +80,7 @@ def statistics(hidden: Array, kernel: Array, ids: Array, interpret: bool) -> Sta
         out_shape=[kernel_result((tokens, 1), jnp.float32, hidden, kernel, ids)] * 3,
         scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
         compiler_params=_compiler_params(),
+        cost_estimate=_cost(hidden, kernel, products=1),
         interpret=interpret,
         name="linear_softmax_statistics",
     )(hidden, kernel, ids)
@@ -150,6 +151,7 @@ def _hidden_gradient(
             pltpu.VMEM((rows, features), jnp.float32),
         ],
         compiler_params=_compiler_params(),
+        cost_estimate=_cost(hidden, kernel, products=2),
         interpret=interpret,
         name="linear_softmax_hidden_gradient",
     )(hidden, kernel, *row_arrays)
@@ -200,9 +202,20 @@ def _kernel_gradient(
             pltpu.VMEM((features, columns), jnp.float32),
         ],
         compiler_params=_compiler_params(),
+        cost_estimate=_cost(hidden, kernel, products=2),
         interpret=interpret,
         name="linear_softmax_kernel_gradient",
     )(hidden, kernel, *row_arrays)
+
+
+def _cost(hidden: Array, kernel: Array, products: int) -> pl.CostEstimate:
+    """Of so many products with all logits: what is read again for each outer block counts once."""
+    (tokens, features), vocabulary = hidden.shape, kernel.shape[1]
+    return pl.CostEstimate(
+        flops=2 * products * tokens * features * vocabulary,
+        transcendentals=tokens * vocabulary,
+        bytes_accessed=products * (hidden.nbytes + kernel.nbytes),
+    )
 
 
 def _logits(hidden_ref, kernel_ref, logits_ref) -> Array:

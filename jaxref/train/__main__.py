@@ -238,7 +238,9 @@ def run() -> None:
         except (Exception, KeyboardInterrupt) as error:
             expected = isinstance(error, _EXPECTED_ERRORS) and not logging.level_debug()
             message = f"{type(error).__name__}: {error}" if expected else ""
-            if sys.modules["jax"].distributed.is_initialized():
+            import jax
+
+            if jax.distributed.is_initialized():
                 from jaxref.train.distributed import leave
 
                 leave(error, message)

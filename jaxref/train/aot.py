@@ -13,6 +13,7 @@ ids there are. The exit status is 1 where the step does not fit the chip's memor
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -410,6 +411,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is here has nothing to do
     prepare_host()
     try:
         sys.exit(main(sys.argv))

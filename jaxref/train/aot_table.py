@@ -73,10 +73,11 @@ def _row(given: dict[str, Any]) -> str:
     ]
     if work is None:
         return "| " + " | ".join([*cells, "", "does not fit", "", "", ""]) + " |"
+    sizes = {"+".join(one["axes"]): sum(one["kinds"].values()) for one in work["sent"]}
     sent = ", ".join(
-        f"{'+'.join(one['axes'])} {sum(one['kinds'].values()) / 1e9:.3g} GB"
-        for one in work["sent"]
-        if sum(one["kinds"].values()) > 1e6
+        f"{axes} {size / 1e9:.{0 if size > 1e11 else 1}f} GB"
+        for axes, size in sizes.items()
+        if size > 0.01 * sum(sizes.values())
     )
     cells += [
         f"{work['flops'] / work['model_flops']:.2f}",

@@ -160,20 +160,22 @@ class Program(NamedTuple):
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """A batch as arrays sharded over the mesh, given this process's `rows` of it."""
-        return {name: self._put(name, array) for name, array in batch.items()}
-
-    def _put(self, name: str, array: np.ndarray) -> Array:
-        sharding = self.abstract_batch[name if name in self.abstract_batch else "targets"].sharding
+        like = {
+            name: self.abstract_batch.get(name, self.abstract_batch["targets"]) for name in batch
+        }
         if jax.process_count() == 1:
-            return jax.device_put(array, sharding)
-        shape = (self.abstract_batch["ids"].size, *array.shape[1:])
-        rows = self.rows
+            return {name: jax.device_put(x, like[name].sharding) for name, x in batch.items()}
+        rows, size = self.rows, self.abstract_batch["ids"].size
 
-        def piece(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(shape[0])
-            return array[np.searchsorted(rows, np.arange(start, stop)), *index[1:]]
+        def whole(array: np.ndarray, sharding: Any) -> Array:
+            def piece(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(size)
+                return array[np.searchsorted(rows, np.arange(start, stop)), *index[1:]]
 
-        return jax.make_array_from_callback(shape, sharding, piece, dtype=array.dtype)
+            shape = (size, *array.shape[1:])
+            return jax.make_array_from_callback(shape, sharding, piece, dtype=array.dtype)
+
+        return {name: whole(x, like[name].sharding) for name, x in batch.items()}
 
 
 def build(

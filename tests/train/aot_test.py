@@ -277,8 +277,10 @@ def test_chips_of_two_devices_and_slices():
 
 def test_table_is_written_between_its_lines(monkeypatch, tmp_path):
     """The rows come from runs of the command."""
-    report = written_report(load_config(overrides=TINY))._replace(work=work())
-    given = {**aot._fields(report), "estimate": aot._fields(estimate(work(), POD))}
+    little = Sent(("fsdp", "tensor"), 512, {"all-reduce": 1e6}, 600e9)
+    step = work(sent=[*work().sent, little])
+    report = written_report(load_config(overrides=TINY))._replace(work=step)
+    given = {**aot._fields(report), "estimate": aot._fields(estimate(step, POD))}
     asked = []
 
     def run(command, **options):
@@ -297,7 +299,7 @@ def test_table_is_written_between_its_lines(monkeypatch, tmp_path):
     assert "old" not in text
     row = (
         "| tiny | 1 billion | v5e:2x4 | fsdp 4 x tensor 2 | 32 in 2 | 23.0 of 16 GiB | 1.33 | "
-        "fsdp 150 GB, tensor 25 GB | 1.00 s, compute | 1.88 s | 40% to 75% |\n"
+        "fsdp 150 GB, tensor 25.0 GB | 1.00 s, compute | 1.88 s | 40% to 75% |\n"
     )
     assert text.count(row) == 12
     assert "`--topology=v5e:16x16 --config=configs/llm_70b.py --config.accumulate=16`" in text

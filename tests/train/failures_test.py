@@ -107,6 +107,12 @@ def test_a_fatal_error_of_unknown_meaning_is_shown():
     assert shown(f"before\n{log}{TRACE}") == f"before\n{log}"
 
 
+def test_all_is_read_so_that_the_writer_is_never_held_up():
+    lines = iter((FATAL.format("") + TRACE + 10 * "    @\n").splitlines(keepends=True))
+    list(translated(lines, FACTS))
+    assert next(lines, None) is None
+
+
 def test_as_a_process():
     command = [sys.executable, "-I", "-S", failures.__file__, json.dumps(FACTS)]
     log = f"a line\n{UNHEALTHY.format('2' + chr(10))}{FATAL.format('')}{TRACE}" + 10_000 * "    @\n"

@@ -146,7 +146,7 @@ class TestDevices:
             for collective in ("all-reduce", "all-gather")
         }
         entries = sum(x.size for x in jax.tree.leaves(state.params))
-        assert sizes["all-reduce"] < 10  # loss and norm
+        assert sizes["all-reduce"] < 100  # loss, and norms by leaf
         assert sizes["all-gather"] < 0.3 * entries  # a hundredth, twice, of eight devices
         clients = state.opt_state[0].client
         for leaf, param in zip(jax.tree.leaves(clients), jax.tree.leaves(state.params)):
@@ -173,7 +173,7 @@ class TestDevices:
             (1, 1, LENGTH, 256)
         }
 
-    @pytest.mark.parametrize("name", ["ef21", "sam"])
+    @pytest.mark.parametrize("name", ["spsa", "sam"])
     def test_whole_parameters_are_asked_for(self, tiny_config, devices, name):
         devices(8)
         per_device = ("optimizer.per_device=True",) if name == "sam" else ()

@@ -61,6 +61,18 @@ class Problem(NamedTuple):
         """The mean loss over the batch's tokens."""
         return jnp.mean(self.token_losses(params, batch, key), dtype=jnp.float32)
 
+    def loss_and_gradient(self, params: Params, batch: Batch, key: Array) -> tuple[Array, Params]:
+        """The mean loss of a batch as a whole and its gradient, which lives where the parameters
+        do: devices that share them only sum up their own part."""
+        value, gradient = jax.value_and_grad(self.loss)(params, batch, key)
+        return value, self._placed(gradient)
+
+    def _placed(self, gradient: Params) -> Params:
+        places = jax.tree.leaves(self.shardings)
+        if not places or places[0].mesh.size == 1:
+            return gradient
+        return jax.tree.map(jax.lax.with_sharding_constraint, gradient, self.shardings)
+
     def value_and_grad(
         self, params: Params, batch: Batch, key: Array
     ) -> tuple[Array, Params, ModelState | None]:
@@ -70,8 +82,7 @@ class Problem(NamedTuple):
         """
         stateful_losses, state = self.stateful_losses, self.model_state
         if stateful_losses is None or state is None:
-            averaged = self.averaged(jax.value_and_grad(self.loss))
-            return *averaged(params, batch, key), state
+            return *self.averaged(self.loss_and_gradient)(params, batch, key), state
 
         def loss(params: Params, backward: Any, statistics: Any, *rest: Any) -> Any:
             state = ModelState(statistics, backward)
@@ -83,7 +94,7 @@ class Problem(NamedTuple):
             (value, statistics), (gradient, backward) = function(
                 params, state.backward, state.statistics, *batch_and_key
             )
-            return ModelState(statistics, backward), (value, gradient)
+            return ModelState(statistics, backward), (value, self._placed(gradient))
 
         if self.accumulate == 1:
             state, (value, gradient) = advance(state, (batch, key))
@@ -93,7 +104,7 @@ class Problem(NamedTuple):
             def add(
                 carry: tuple[ModelState, Any], part: Any
             ) -> tuple[tuple[ModelState, Any], None]:
-                state, value_and_gradient = advance(carry[0], part)
+                state, value_and_gradient = jax.lax.optimization_barrier(advance(carry[0], part))
                 return (state, jax.tree.map(jnp.add, carry[1], value_and_gradient)), None
 
             first = jax.tree.map(lambda x: x[0], parts)
@@ -120,7 +131,10 @@ class Problem(NamedTuple):
             keys = jax.random.split(key, self.accumulate)
 
             def add(total: Any, batch_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, function(params, *batch_and_key)), None
+                # Behind a barrier: the TPU's compiler fails on a reduction that it would move out
+                # of the loop, where the sum is of another type.
+                part = jax.lax.optimization_barrier(function(params, *batch_and_key))
+                return jax.tree.map(jnp.add, total, part), None
 
             first = jax.eval_shape(function, params, jax.tree.map(lambda x: x[0], batches), key)
             zeros = jax.tree.map(jnp.zeros_like, first)  # varying over devices where it varies

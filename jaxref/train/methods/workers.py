@@ -91,7 +91,7 @@ def _error_feedback(
         problem: Problem, params: Params, state: Any, batch: Batch, key: Array, step: Array
     ) -> Outcome:
         del step
-        value_and_grad = problem.averaged(jax.value_and_grad(problem.loss))
+        value_and_grad = problem.averaged(problem.loss_and_gradient)
 
         def of_client(batch: Batch, key: Array) -> Any:
             with mapped_over("data"):
