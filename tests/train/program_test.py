@@ -617,9 +617,6 @@ class TestComponents:
         assert issubclass(ConfigError, ValueError)
 
 
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4)]
-
-
 def on_mesh(tiny_config, sizes, *overrides):
     axes = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes)]
     return build(tiny_config("steps=20", *axes, *overrides), 256)
@@ -641,9 +638,10 @@ class TestMesh:
 
     @pytest.mark.parametrize(
         ("sizes", "overrides"),
-        [(sizes, ()) for sizes in MESHES]
-        + [((2, 2, 2), ("accumulate=2", "average_decay=0.5", "model.dropout=0.1"))]
-        + [((2, 2, 2), ("optimizer.name=lion", "schedule.peak_value=1e-3"))],
+        [
+            ((2, 2, 2), ("accumulate=2", "average_decay=0.5", "model.dropout=0.1")),
+            ((2, 2, 2), ("optimizer.name=lion", "schedule.peak_value=1e-3")),
+        ],
     )
     def test_losses_are_those_of_one_device(
         self, tiny_config, one_device, compilations, sizes, overrides
@@ -674,7 +672,7 @@ class TestMesh:
             assert shards(block["mlp"]["function"]["up"]["kernel"]) == {(8, 16)}
             assert shards(block["mlp"]["function"]["down"]["kernel"]) == {(16, 8)}
             assert shards(block["attention"]["function"]["query"]["kernel"]) == {(8, 2, 4)}
-            assert shards(tree["final_norm"]["scale"]) == {(8,)}
+            assert shards(tree["final_norm"]["scale"]) == {(16,)}  # norms are everywhere
         assert shards(moments.count) == {()}
         assert shards(program.put(random_batch(0))["inputs"]) == {(2, 16)}
 

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
                 "mlp_features": 8192,
                 "scan_layers": True,
                 "remat": True,
+                "remat_policy": "dots_with_no_batch_dims_saveable",
             },
             "optimizer": {"name": "adamw", "b2": 0.95, "weight_decay": 0.1},
             "schedule": {

@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     config = llm_1b.get_config()
     config.batch_size = 1024  # 4M tokens
     config.accumulate = 8
+    config.model.remat_policy = "nothing_saveable"
     config.model.update(num_layers=80, features=8192, num_heads=64, mlp_features=28672)
     config.schedule.update(peak_value=1.5e-4, end_value=1.5e-5)
     config.mesh.tensor = 4

@@ -10,5 +10,6 @@ def get_config() -> ConfigDict:
     """The configuration of `python -m jaxref.train --config=configs/llm_7b.py`."""
     config = llm_1b.get_config()
     config.model.update(num_layers=32, features=4096, num_heads=32, mlp_features=14336)
+    config.model.remat_policy = "nothing_saveable"
     config.schedule.update(peak_value=3e-4, end_value=3e-5)
     return config
