@@ -14,6 +14,11 @@ FEWER_STEPS = {
     "losses": {"seeds=5": "seeds=2", "steps=600": "steps=20"},
     "normalization": {"steps = 80": "steps = 20", "steps=60": "steps=22"},
     "optimizers": {"steps, every = 100, 5": "steps, every = 10, 5"},
+    "pod": {
+        '"--config=configs/llm_1b.py"]': '"--config.data.name=tokens:a"]',  # the main job
+        "steps_to_take = 60": "steps_to_take = 15",
+        "checkpoint_every=10": "checkpoint_every=5",
+    },
     "quantization": {
         "steps = 120": "steps = 5",
         '("lnq", (4, 2), ""),': "",

@@ -27,8 +27,9 @@ from jaxref.bench.harness import (
     ratios,
 )
 from jaxref.kernels import linear_softmax_cross_entropy
+from jaxref.train.components import build_schedule
 from jaxref.train.config import load_config
-from jaxref.train.program import build, build_schedule
+from jaxref.train.program import build
 
 NAME = "train_step"
 VOCABULARY = 256

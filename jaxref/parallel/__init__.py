@@ -1,5 +1,14 @@
-"""Device meshes, logical axis names, and the rules that map one to the other."""
+"""Device meshes, logical axis names, the rules that map one to the other, and what comes of it in a
+compiled program."""
 
+from jaxref.parallel.compiled import (
+    Collective,
+    collectives,
+    flops,
+    memory_traffic,
+    sent_by_axes,
+    uncounted_kernels,
+)
 from jaxref.parallel.mesh import MESH_AXES, make_mesh
 from jaxref.parallel.sharding import (
     DEFAULT_RULES,
@@ -29,4 +38,10 @@ __all__ = [
     "on_shards",
     "merge_rows",
     "split_rows",
+    "Collective",
+    "collectives",
+    "sent_by_axes",
+    "flops",
+    "uncounted_kernels",
+    "memory_traffic",
 ]

@@ -25,12 +25,17 @@ from jaxref.nn import AuxiliaryLoss, GradientState, Loss
 from jaxref.nn.losses import OutputOfLoss, keeps_something
 from jaxref.parallel import logical_sharding, make_mesh, mesh_axes, use_rules
 from jaxref.parallel.sharding import Rules
+from jaxref.train.components import (
+    build_method,
+    build_model_config,
+    build_schedule,
+    check_loss,
+)
 from jaxref.train.config import ConfigError, resolve
 from jaxref.train.losses import (
     build_loss,
     build_loss_of_logits,
     class_logits,
-    reads_one_score,
     spread_over_vocabulary,
 )
 from jaxref.train.methods.frame import (
@@ -39,7 +44,6 @@ from jaxref.train.methods.frame import (
     ModelState,
     Params,
     Problem,
-    from_transformation,
 )
 
 Merge = Callable[[Params, ModelState], Any]
@@ -213,7 +217,7 @@ def build(
     else:
         sizes = {"image_shape": image_shape, "num_classes": num_classes}
         logits_shape = (num_classes,)
-    model_config = _build_model_config(config, sizes)
+    model_config = build_model_config(config, sizes)
     schedule = build_schedule(config)
     method = build_method(
         config, schedule, mesh=mesh, num_examples=num_examples, logits_shape=logits_shape
@@ -227,7 +231,7 @@ def build(
     def model(key: Array) -> nnx.Module:
         rngs = nnx.Rngs(params=key)
         model = model_config.build(rngs=rngs)
-        _check_loss(config, model, num_classes)
+        check_loss(config, model, num_classes)
         if keeps_something(loss_function):  # a part of the model, that it may train and be saved
             model.loss = Loss(
                 loss_function,
@@ -358,80 +362,6 @@ def split_model(model: nnx.Module) -> tuple[Any, ...]:
     """A model's graph definition, parameters, what the backward pass moves, what it owes the loss,
     and statistics."""
     return nnx.split(model, nnx.Param, GradientState, AuxiliaryLoss, ...)
-
-
-def _build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
-    """The configuration of the model, given the sizes that follow from the data."""
-    follows = dict.fromkeys(sizes, "the data")
-    if "max_length" in sizes:
-        follows |= {"vocab_size": "data.vocab_size", "max_length": "length"}
-    made = resolve(config, "model", follows | {"dtype": "dtype"})
-    asked = inspect.signature(made).parameters
-    missing = [name for name in sizes if name not in asked]
-    if missing:
-        kind = "text" if "vocab_size" in sizes else "images"
-        raise ConfigError(
-            f"model.name={config.model.name} is not a model of {kind}, which "
-            f"data.name={config.data.name} is: it takes no {' and no '.join(missing)}"
-        )
-    return made(**sizes, dtype=jnp.dtype(config.dtype))
-
-
-def _check_loss(config: ConfigDict, model: Any, num_classes: int | None) -> None:
-    """Raises where the loss reads what the model does not have."""
-    function = resolve(config, "loss")
-    asked = inspect.signature(function).parameters
-    if "hidden" in asked and not hasattr(model, "hidden"):
-        raise ConfigError(
-            f"loss.name={config.loss.name} reads the hidden states of a language model, and "
-            f"model.name={config.model.name} is none; choose a loss of logits, such as "
-            "softmax_cross_entropy_with_integer_labels"
-        )
-    if "hidden" in asked and keeps_something(function):  # an output matrix, which takes its steps
-        for key, wrong, right in (
-            ("model.tie_embeddings", model.output is None, False),
-            ("accumulate", config.accumulate != 1, 1),
-        ):
-            if wrong:
-                raise ConfigError(
-                    f"loss.name={config.loss.name} trains an output matrix of its own, once for "
-                    f"every batch: set {key}={right}"
-                )
-    if reads_one_score(asked) and num_classes != 2:
-        raise ConfigError(
-            f"loss.name={config.loss.name} is of decisions between two classes, and "
-            f"data.name={config.data.name} has {num_classes or 'tokens'}; name the classes to tell "
-            "from the others in data.positive_classes"
-        )
-
-
-def build_schedule(config: ConfigDict) -> optax.Schedule:
-    """The learning rate by step. Lengths that the section leaves out follow from the run's:
-    `decay_steps` and `transition_steps` are its steps, `warmup_steps` a tenth of them."""
-    schedule = resolve(config, "schedule")
-    lengths = {
-        "decay_steps": config.steps,
-        "transition_steps": config.steps,
-        "warmup_steps": config.steps // 10,
-    }
-    asked = inspect.signature(schedule).parameters
-    return schedule(**{k: v for k, v in lengths.items() if k in asked and k not in config.schedule})
-
-
-def build_method(config: ConfigDict, schedule: optax.Schedule, **given: Any) -> Method:
-    """The training method: an optimizer behind clipping by global norm, or one of
-    `jaxref.train.methods`, which is given what it asks for by name."""
-    given = {"learning_rate": schedule, "clip_norm": config.clip_norm} | given
-    optimizer = resolve(
-        config, "optimizer", dict.fromkeys(given, "the run") | {"learning_rate": "schedule"}
-    )
-    asked = inspect.signature(optimizer).parameters
-    if "learning_rate" not in asked:
-        raise ConfigError(f"optimizer.name: {config.optimizer.name} takes no learning_rate")
-    if "num_examples" in asked and given["num_examples"] is None:
-        raise ValueError(f"num_examples must be given for {config.optimizer.name}, got None")
-    made = optimizer(**{name: value for name, value in given.items() if name in asked})
-    return made if isinstance(made, Method) else from_transformation(made, config.clip_norm)
 
 
 def make_step(

@@ -11,10 +11,11 @@ from jaxref import losses
 from jaxref.nn import AuxiliaryLoss, GradientState
 from jaxref.optimizers import ScaleByAdamState
 from jaxref.parallel import make_mesh
+from jaxref.train.components import build_method, build_schedule
 from jaxref.train.config import ConfigError, load_config
 from jaxref.train.losses import build_loss
 from jaxref.train.methods.frame import Problem
-from jaxref.train.program import build, build_method, build_schedule, split_model
+from jaxref.train.program import build, split_model
 
 SGD = ("optimizer.name=sgd", "schedule.name=constant_schedule", "schedule.value=0.5")
 

@@ -1,0 +1,88 @@
+"""What the sections of a configuration are: model, schedule, method; and what does not go
+together."""
+
+import inspect
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from jaxref.nn.losses import keeps_something
+from jaxref.train.config import ConfigError, resolve
+from jaxref.train.losses import reads_one_score
+from jaxref.train.methods.frame import Method, from_transformation
+
+
+def build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
+    """The configuration of the model, given the sizes that follow from the data."""
+    follows = dict.fromkeys(sizes, "the data")
+    if "max_length" in sizes:
+        follows |= {"vocab_size": "data.vocab_size", "max_length": "length"}
+    made = resolve(config, "model", follows | {"dtype": "dtype"})
+    asked = inspect.signature(made).parameters
+    missing = [name for name in sizes if name not in asked]
+    if missing:
+        kind = "text" if "vocab_size" in sizes else "images"
+        raise ConfigError(
+            f"model.name={config.model.name} is not a model of {kind}, which "
+            f"data.name={config.data.name} is: it takes no {' and no '.join(missing)}"
+        )
+    return made(**sizes, dtype=jnp.dtype(config.dtype))
+
+
+def check_loss(config: ConfigDict, model: Any, num_classes: int | None) -> None:
+    """Raises where the loss reads what the model does not have."""
+    function = resolve(config, "loss")
+    asked = inspect.signature(function).parameters
+    if "hidden" in asked and not hasattr(model, "hidden"):
+        raise ConfigError(
+            f"loss.name={config.loss.name} reads the hidden states of a language model, and "
+            f"model.name={config.model.name} is none; choose a loss of logits, such as "
+            "softmax_cross_entropy_with_integer_labels"
+        )
+    if "hidden" in asked and keeps_something(function):  # an output matrix, which takes its steps
+        for key, wrong, right in (
+            ("model.tie_embeddings", model.output is None, False),
+            ("accumulate", config.accumulate != 1, 1),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"loss.name={config.loss.name} trains an output matrix of its own, once for "
+                    f"every batch: set {key}={right}"
+                )
+    if reads_one_score(asked) and num_classes != 2:
+        raise ConfigError(
+            f"loss.name={config.loss.name} is of decisions between two classes, and "
+            f"data.name={config.data.name} has {num_classes or 'tokens'}; name the classes to tell "
+            "from the others in data.positive_classes"
+        )
+
+
+def build_schedule(config: ConfigDict) -> optax.Schedule:
+    """The learning rate by step. Lengths that the section leaves out follow from the run's:
+    `decay_steps` and `transition_steps` are its steps, `warmup_steps` a tenth of them."""
+    schedule = resolve(config, "schedule")
+    lengths = {
+        "decay_steps": config.steps,
+        "transition_steps": config.steps,
+        "warmup_steps": config.steps // 10,
+    }
+    asked = inspect.signature(schedule).parameters
+    return schedule(**{k: v for k, v in lengths.items() if k in asked and k not in config.schedule})
+
+
+def build_method(config: ConfigDict, schedule: optax.Schedule, **given: Any) -> Method:
+    """The training method: an optimizer behind clipping by global norm, or one of
+    `jaxref.train.methods`, which is given what it asks for by name."""
+    given = {"learning_rate": schedule, "clip_norm": config.clip_norm} | given
+    optimizer = resolve(
+        config, "optimizer", dict.fromkeys(given, "the run") | {"learning_rate": "schedule"}
+    )
+    asked = inspect.signature(optimizer).parameters
+    if "learning_rate" not in asked:
+        raise ConfigError(f"optimizer.name: {config.optimizer.name} takes no learning_rate")
+    if "num_examples" in asked and given["num_examples"] is None:
+        raise ValueError(f"num_examples must be given for {config.optimizer.name}, got None")
+    made = optimizer(**{name: value for name, value in given.items() if name in asked})
+    return made if isinstance(made, Method) else from_transformation(made, config.clip_norm)
