@@ -10,10 +10,12 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -410,7 +412,13 @@ class TestRecords:
 
 
 @pytest.mark.slow
-def test_the_whole_program(store, address, call, arguments):
+def test_the_whole_program(store, address, call, arguments, monkeypatch):
+    def trace(directory, **_):
+        (Path(directory) / "plugins").mkdir()
+        (Path(directory) / "plugins" / "trace").write_text("of two steps")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", trace)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
     command = arguments(address, "steps=4", "checkpoint_every=2", "validate_every=2")
     code, out = call(*command, "--profile=2:2")
     assert not code, code
@@ -428,7 +436,7 @@ def test_the_whole_program(store, address, call, arguments):
     assert [row["step"] for row in read_metrics(address)] == [1, 2, 3, 4]
     assert objects["loss.png"].startswith(b"\x89PNG")
     assert {name.split("/")[1] for name in objects if name.startswith("checkpoints/")} == {"2", "4"}
-    assert any(name.startswith("profile/") for name in objects)
+    assert objects["profile/plugins/trace"] == b"of two steps"
     assert "This run is finished (4 steps)" in call(*command)[1]
     assert call("--mode=eval", f"--workdir={address}")[1].startswith("Step 4: validation ")
     text = objects["sample.txt"].decode()
