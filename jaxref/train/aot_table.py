@@ -17,7 +17,6 @@ OVERRIDES = {
     ("configs/llm_7b.py", "v6e:16x16"): (_KEEP,),
     ("configs/llm_70b.py", "v5e:16x16"): ("accumulate=16",),
     ("configs/llm_70b.py", "v5p:8x8x8"): (_KEEP, "accumulate=4"),
-    ("configs/llm_70b.py", "v6e:16x16"): (_KEEP, "accumulate=16"),
 }
 """What a configuration changes on a topology, for the table: where there is memory to spare, layers
 are not computed again."""

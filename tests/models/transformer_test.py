@@ -358,7 +358,7 @@ class TestParameters:
     @pytest.mark.parametrize("options", COMBINATIONS[::5], ids=name)
     def test_each_names_each_of_its_axes(self, options):
         model = build(query_key_norm=layer_norm, **options)
-        known = {"embed", "heads", "kv_heads", "mlp", "vocabulary", None}
+        known = {"embed", "heads", "kv_heads", "mlp", "norm", "vocabulary", None}
         for path, parameter in nnx.to_flat_state(nnx.state(model)):
             axes = parameter.get_metadata()["axes"]
             assert len(axes) == len(parameter.shape), path
