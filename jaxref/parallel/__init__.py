@@ -1,5 +1,4 @@
-"""Device meshes, logical axis names, the rules that map one to the other, and what comes of it in a
-compiled program."""
+"""Device meshes, logical axis names, rules from one to the other; what programs send."""
 
 from jaxref.parallel.compiled import (
     Collective,
