@@ -13,7 +13,7 @@ _KEEP = "model.remat_policy=dots_with_no_batch_dims_saveable"
 
 OVERRIDES = {
     ("configs/llm_7b.py", "v5e:16x16"): (_KEEP, "accumulate=2"),
-    ("configs/llm_7b.py", "v5p:8x8x8"): (_KEEP,),
+    ("configs/llm_7b.py", "v5p:8x8x8"): (_KEEP, "mesh.tensor=2"),
     ("configs/llm_7b.py", "v6e:16x16"): (_KEEP,),
     ("configs/llm_70b.py", "v5e:16x16"): ("accumulate=16",),
     ("configs/llm_70b.py", "v5p:8x8x8"): (_KEEP, "accumulate=4"),
