@@ -16,6 +16,7 @@ FEWER_STEPS = {
     "optimizers": {"steps, every = 100, 5": "steps, every = 10, 5"},
     "pod": {
         '"--config=configs/llm_1b.py"]': '"--config.data.name=tokens:a"]',  # the main job
+        '"data and sequence": ["mesh.data=2", "mesh.sequence=4"],': "",
         "steps_to_take = 60": "steps_to_take = 15",
         "checkpoint_every=10": "checkpoint_every=5",
     },
