@@ -467,9 +467,10 @@ def norms(problem: Problem, variables: nnx.State, state: TrainState, batch: Batc
 def _check_numbers(config: ConfigDict) -> None:
     """Raises where a number that no function below checks is out of range."""
     counts = ("steps", "accumulate", "log_every", "validate_every", "checkpoint_every")
-    for name in (*counts, "max_nonfinite_steps"):
+    for name in (*counts, "max_nonfinite_steps", "keep_checkpoints"):
         check_interval(1, jnp.inf, **{name: config[name]})
-    check_interval(0, jnp.inf, clip_norm=config.clip_norm, norms_every=config.norms_every)
+    for name in ("clip_norm", "norms_every", "keep_checkpoint_every"):
+        check_interval(0, jnp.inf, **{name: config[name]})
     check_interval(0, 1, closed="left", average_decay=config.average_decay)
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype must be float32 or bfloat16, got {config.dtype!r}")

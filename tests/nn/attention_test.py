@@ -10,6 +10,7 @@ from flax import nnx
 from jaxref.attention import dot_product_attention, harmonic_alibi_bias, rotary_embedding
 from jaxref.nn import MultiHeadAttention
 from jaxref.norms import layer_norm, rms_norm
+from jaxref.parallel import make_mesh, use_rules
 
 CAUSAL = np.tril(np.ones((1, 1, 5, 5), bool))
 
@@ -251,3 +252,34 @@ class TestPositions:
             )
         )
         np.testing.assert_allclose(attend(x, is_causal=True), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "called"),
+    [
+        ({"data": 2, "tensor": 4}, {"num_kv_heads": 4}, ("is_causal",)),
+        ({"data": 2, "tensor": 4}, {}, ("mask",)),
+        ({"data": 4, "tensor": 2}, {"position_bias": harmonic_alibi_bias}, ("is_causal",)),
+        ({"data": 2, "sequence": 4}, {"rotary_base": 10.0}, ("is_causal",)),
+        ({"sequence": 4, "tensor": 2}, {}, ("context",)),
+    ],
+)
+def test_on_a_mesh_it_is_the_attention_of_one_device(sizes, options, called):
+    mesh, attend = make_mesh(sizes), build(16, 8, **options)
+    x = random((4, 16, 16))
+    given = {
+        "is_causal": True,
+        "mask": random((4, 1, 16, 16), 1) < 0.5,
+        "context": random((4, 16, 16), 2),
+    }
+    alone = partial(attend, **{name: given[name] for name in called})
+
+    def on_mesh(x):
+        with use_rules(mesh):
+            return alone(x)
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(function(x)))))(x)
+
+    np.testing.assert_allclose(jax.jit(on_mesh)(x), alone(x), atol=2e-6)
+    np.testing.assert_allclose(gradient(on_mesh), gradient(alone), atol=1e-5)

@@ -7,7 +7,7 @@ from absl.testing import parameterized
 from flax import nnx
 
 from jaxref.nn import Embed, Linear
-from jaxref.parallel import logical_sharding, make_mesh
+from jaxref.parallel import logical_sharding, make_mesh, use_rules
 
 CASES = {  # in_features, out_features, einsum over the leading axis a
     "flat": (6, 4, "ai,io->ao"),
@@ -198,3 +198,29 @@ class TestEmbed:
     def test_ids_that_are_no_integers_raise(self, table, dtype):
         with pytest.raises(TypeError, match="ids must be integers, got"):
             table(jnp.zeros((2, 3), dtype))
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 4, "fsdp": 2}, {"fsdp": 8}, {"tensor": 2, "data": 4}])
+def test_rows_of_a_spread_table_are_those_of_a_whole_one(sizes):
+    mesh, axes = make_mesh(sizes), ("vocabulary", "embed")
+    table = Embed(12, 16, axes=axes, rngs=nnx.Rngs(0))
+    ids = np.random.default_rng(0).integers(0, 12, (8, 3))
+    ids[0, 0], ids[5, 2] = -1, 12  # of no row
+    graphdef, state = nnx.split(table)
+
+    def look_up(state):
+        return nnx.merge(graphdef, state)(jnp.asarray(ids))
+
+    def on_mesh(state):
+        with use_rules(mesh):
+            return look_up(state)
+
+    def gradient(function):
+        return jax.tree.leaves(jax.grad(lambda state: jnp.nansum(jnp.sin(function(state))))(state))
+
+    placed = jax.device_put(state, logical_sharding(axes, (12, 16), mesh))
+    rows = jax.jit(on_mesh)(placed)
+    np.testing.assert_array_equal(rows, look_up(state))
+    assert np.isnan(rows[0, 0]).all()
+    assert np.isnan(rows[5, 2]).all()
+    np.testing.assert_allclose(gradient(jax.jit(on_mesh)), gradient(look_up), atol=1e-6)

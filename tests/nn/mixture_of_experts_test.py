@@ -244,6 +244,20 @@ class TestMixtureOfExperts:
         narrow = MixtureOfExperts(4, 6, capacity_factor=1.1, top_k=1, rngs=nnx.Rngs(0))
         assert narrow.capacity(40) == 11
 
+    def test_groups_compete_for_places_among_themselves(self):
+        sizes = {"num_experts": 4, "capacity_factor": 0.6}
+        grouped = MixtureOfExperts(4, 8, group_size=6, **sizes, rngs=nnx.Rngs(0))
+        alone = MixtureOfExperts(4, 8, **sizes, rngs=nnx.Rngs(0))
+        x = random((24, 4))
+        parts = [alone(part) for part in x.reshape(4, 6, 4)]
+        ours = grouped(x.reshape(2, 12, 4)).reshape(24, 4)
+        np.testing.assert_allclose(ours, np.concatenate(parts), rtol=1e-5, atol=1e-6)
+        assert not np.allclose(ours, alone(x), atol=1e-3)  # who is dropped depends on the group
+        with pytest.raises(ValueError, match="group_size must divide the 20 tokens, got 6"):
+            grouped(x[:20])
+        with pytest.raises(ValueError, match="group_size must be in"):
+            MixtureOfExperts(4, 8, group_size=0, rngs=nnx.Rngs(0))
+
     def test_experts_split_over_a_mesh(self):
         module = MixtureOfExperts(4, 8, num_experts=8, rngs=nnx.Rngs(0))
         x = random((16, 4))

@@ -18,7 +18,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxref
@@ -89,19 +88,6 @@ def assert_same_bits(actual, expected):
 def mesh_of(shape, axis_type=AxisType.Auto):
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
     return Mesh(devices, ("data", "model"), axis_types=(axis_type,) * 2)
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """What `absl.logging.warning` says of damage; orbax has complaints of its own."""
-    messages = []
-
-    def warning(text, *args):
-        if text.startswith("Damaged"):
-            messages.append(text % args)
-
-    monkeypatch.setattr(logging, "warning", warning)
-    return messages
 
 
 @pytest.fixture(scope="module")

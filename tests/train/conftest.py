@@ -95,3 +95,16 @@ def call(devices, monkeypatch, capsys):
 
     yield called
     absl_logging.set_verbosity(verbosity)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What `absl.logging.warning` says of damage; orbax has complaints of its own."""
+    messages = []
+
+    def warning(text, *args):
+        if text.startswith("Damaged"):
+            messages.append(text % args)
+
+    monkeypatch.setattr(absl_logging, "warning", warning)
+    return messages

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 
 from jaxref.train.checkpoints import CheckpointError, Checkpoints
 from jaxref.train.places import place
@@ -241,19 +240,6 @@ def address(store, request):
     """A place that no other test has looked at: the clients keep what they have listed."""
     yield f"gs://bucket/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}"
     store.refused = None
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """What `absl.logging.warning` says of damage."""
-    messages = []
-
-    def warning(text, *args):
-        if text.startswith("Damaged"):
-            messages.append(text % args)
-
-    monkeypatch.setattr(logging, "warning", warning)
-    return messages
 
 
 def batches():

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from jaxref.parallel import DEFAULT_RULES
+
 
 def get_config() -> ConfigDict:
     """The configuration of `python -m jaxref.train` without arguments."""
@@ -52,16 +54,8 @@ def get_config() -> ConfigDict:
                 "end_value": 0.0,
             },  # warmup_steps and decay_steps: a tenth of the steps, and all of them
             "mesh": {"data": -1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1},
-            "rules": {  # the mesh axes that each axis of an array is split over
-                "batch": ["data", "fsdp", "expert"],
-                "length": ["sequence"],
-                "embed": ["fsdp", "expert"],
-                "heads": ["tensor"],
-                "kv_heads": ["tensor"],
-                "mlp": ["tensor"],
-                "vocabulary": ["tensor"],
-                "expert": ["expert"],
-            },
+            # mesh axes that each axis of an array is split over: batch [data, fsdp, expert], ...
+            "rules": {name: list(axes) for name, axes in DEFAULT_RULES.items()},
             "log_every": 10,
             "norms_every": 0,  # steps between norms of each parameter and gradient; 0 for never
             "validate_every": 150,
