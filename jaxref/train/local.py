@@ -9,7 +9,7 @@ processes, a second one kills them. When one fails, the program says which and h
 
 Examples
   python -m jaxref.train.local --processes=2 -- --config.steps=100
-  python -m jaxref.train.local --processes=4 --devices_per_process=2 -- --config.mesh.tensor=2
+  python -m jaxref.train.local --processes=4 --devices_per_process=2 -- --config.mesh.fsdp=8
 """
 
 import ctypes
