@@ -500,7 +500,7 @@ class TestBadInput:
             train(config, workdir)
 
     def test_keep_no_checkpoints(self, tiny_config, tmp_path):
-        with pytest.raises(ValueError, match=r"keep must be in \[1, inf\), got 0"):
+        with pytest.raises(ValueError, match=r"keep_checkpoints must be in \[1, inf\), got 0"):
             train(tiny_config("keep_checkpoints=0"), tmp_path)
 
 
