@@ -18,6 +18,7 @@ from jaxref.core.labels import masked_log_softmax
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.reductions import masked_mean
 from jaxref.core.shards import AxisName, all_shards
+from jaxref.core.vectors import unit_vectors
 from jaxref.losses.pairwise import mean_over_pairs
 
 
@@ -160,7 +161,7 @@ def mann_whitney_loss_from_embeddings(
         raise TypeError(f"positive_index must be integers, got {index.dtype.name}")
     check_shape(q.shape[:1], positive_index=index)
     if similarity == "cosine":
-        q, d = _unit_vectors(q), _unit_vectors(d)
+        q, d = unit_vectors(q), unit_vectors(d)
     elif similarity != "dot":
         raise ValueError(f"similarity must be 'cosine' or 'dot', got {similarity!r}")
     scores = q @ all_shards(d, axis_name).T
@@ -233,10 +234,3 @@ def contrastive_retrieval_loss(
 
 def _cross_entropy_of_pairs(temperature: float) -> Callable[[Array], Array]:
     return lambda difference: jax.nn.softplus(-difference / temperature)
-
-
-def _unit_vectors(x: Array) -> Array:
-    """The rows at length 1; zero rows stay 0, with gradient 0."""
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    is_zero = square == 0
-    return x * jnp.where(is_zero, 0.0, jax.lax.rsqrt(jnp.where(is_zero, 1.0, square)))
