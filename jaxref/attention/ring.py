@@ -17,11 +17,12 @@ from jaxref.core.checks import (
     check_shape,
 )
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.shards import AxisName
+from jaxref.core.shards import AxisName, varying_alike
 from jaxref.kernels.block_sizes import tuned_block
 from jaxref.kernels.flash_attention import checked_segments, module_of, row_sums, saveable
 from jaxref.kernels.flash_attention_tile import Operands, Options
-from jaxref.kernels.implementation import Implementation, choose_implementation, varying_alike
+from jaxref.kernels.implementation import Implementation, choose_implementation
+from jaxref.parallel.ring import go_round
 
 LAYOUTS = ("contiguous", "zigzag")
 """How a sequence may be split over the shards of `ring_attention`."""
@@ -365,7 +366,7 @@ def _attend_forward(ring: _Ring, shard: _Shard) -> Any:
         block = _where_seen(ring, shard, source, partial(attend, keys=keys, source=source), nothing)
         return _merge(rows, block), None
 
-    (output, logsumexp), _ = _go_round(ring, shard, start, step)
+    (output, logsumexp), _ = go_round(ring.axis_name, shard.keys, start, step)
     output, logsumexp = saveable(output.astype(shard.query.dtype), logsumexp)
     return output, (shard, output, logsumexp)
 
@@ -399,51 +400,13 @@ def _attend_backward(ring: _Ring, residuals: Any, cotangent: Array) -> Any:
         block = _where_seen(ring, shard, source, attended, nothing)
         return jax.tree.map(jnp.add, (d_query, d_keys), block)
 
-    summed = _go_round(ring, shard, start, step)
+    summed = go_round(ring.axis_name, shard.keys, start, step)
     d_query, (d_key, d_value) = jax.tree.map(lambda x: x.astype(shard.query.dtype), summed)
     nothing = jax.tree.map(lambda _: None, shard)
     return (nothing._replace(query=d_query, keys=_Keys(d_key, d_value, None)),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _go_round(
-    ring: _Ring, shard: _Shard, start: Callable[..., Any], step: Callable[..., Any]
-) -> tuple[Any, Any]:
-    """Takes the keys of all shards past every shard, each of them with sums that go with them.
-
-    Args:
-      ring, shard: of the attention.
-      start: `start(keys)` of the shard's own keys: sums that stay with the shard, and sums that go
-        with these keys, or None.
-      step: `step(keys, source, staying, going)` of the keys of the shard `source`: both sums anew.
-
-    Returns:
-      Both sums, each in the shard to which it belongs.
-
-    What is sent does not depend on what is computed meanwhile, so that the compiler may do both at
-    once. The steps are a loop, which compiles once whatever the size of the ring; the last one is
-    apart, as it has no keys to send on.
-    """
-    size = jax.lax.axis_size(ring.axis_name)
-    if size == 1:
-        return start(shard.keys)
-    to_next = [(i, (i + 1) % size) for i in range(size)]
-
-    def send(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axis_name, to_next), tree)
-
-    def visit(t: Any, carry: Any, is_last: bool = False) -> Any:
-        keys, staying, going = carry
-        coming = keys if is_last else send(keys)
-        return coming, *step(keys, (shard.place - t) % size, staying, send(going))
-
-    carry = send(shard.keys), *start(shard.keys)
-    if size > 2:
-        carry = jax.lax.fori_loop(1, size - 1, visit, carry)
-    _, staying, going = visit(size - 1, carry, is_last=True)
-    return staying, send(going)
 
 
 def _everything(shard: _Shard) -> _Part:

@@ -17,10 +17,11 @@ from jaxref.core.checks import (
     check_shape,
 )
 from jaxref.core.numerics import compute_dtype
+from jaxref.core.shards import varying_alike
 from jaxref.kernels import flash_attention_xla
 from jaxref.kernels.block_sizes import tuned_block
 from jaxref.kernels.flash_attention_tile import Operands, Options
-from jaxref.kernels.implementation import choose_implementation, varying_alike
+from jaxref.kernels.implementation import choose_implementation
 
 SAVEABLE = "flash_attention"
 """The name of attention's result, for `jax.checkpoint_policies.save_only_these_names`."""

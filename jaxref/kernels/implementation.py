@@ -107,20 +107,3 @@ def kernel_result(
     varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
     manual = jax.sharding.ManualAxisType(varying=varying)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
-
-
-def varying_alike(*operands: Array) -> tuple[Array, ...]:
-    """The operands, varying over all mesh axes of `jax.shard_map` over which any of them does.
-
-    A kernel's operands must agree in it, and the gradient of one that all shards share is then
-    summed over them.
-
-    >>> print(*varying_alike(jax.numpy.array(1.0), jax.numpy.array(2.0)))
-    1.0 2.0
-    """
-    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
-    every = frozenset[str]().union(*varying)
-    return tuple(
-        jax.lax.pcast(x, tuple(sorted(every - own)), to="varying") if every - own else x
-        for x, own in zip(operands, varying, strict=True)
-    )

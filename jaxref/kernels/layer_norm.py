@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_floating, check_interval, check_shape
 from jaxref.core.numerics import compute_dtype
-from jaxref.kernels.implementation import Implementation, choose_implementation, varying_alike
+from jaxref.core.shards import varying_alike
+from jaxref.kernels.implementation import Implementation, choose_implementation
 from jaxref.kernels.row_function import RowFunction, Statistics, Tile
 from jaxref.kernels.rows import apply_rows
 

@@ -37,12 +37,11 @@ from jaxref.core.checks import (
     check_shape,
 )
 from jaxref.core.numerics import compute_dtype
-from jaxref.core.shards import AxisName
+from jaxref.core.shards import AxisName, varying_alike
 from jaxref.kernels import linear_softmax_cross_entropy_xla as xla
 from jaxref.kernels.implementation import (
     Implementation,
     choose_implementation,
-    varying_alike,
 )
 from jaxref.kernels.vocabulary_parallel import combine_over_vocabulary, local_ids, whole_width
 

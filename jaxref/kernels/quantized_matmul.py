@@ -11,8 +11,9 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxref.core.checks import check_interval
+from jaxref.core.shards import varying_alike
 from jaxref.kernels import quantized_matmul_xla as xla
-from jaxref.kernels.implementation import Implementation, choose_implementation, varying_alike
+from jaxref.kernels.implementation import Implementation, choose_implementation
 from jaxref.kernels.quantized_matmul_xla import FLOAT8, Layout, Operands
 
 _FLOATS = (jnp.dtype("float16"), jnp.dtype("bfloat16"), jnp.dtype("float32"), jnp.dtype("float64"))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxref.kernels.implementation import varying_alike
+from jaxref.core.shards import varying_alike
 
 FLOAT8 = (jnp.dtype("float8_e4m3fn"), jnp.dtype("float8_e5m2"))
 
