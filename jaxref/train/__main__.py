@@ -1,5 +1,5 @@
-"""Trains a language model, or a classifier of images; with no arguments, a small language model on
-Python's standard library.
+"""Trains a language model, a classifier of images or a forecaster of series; with no arguments, a
+small language model on Python's standard library.
 
 Modes
   train     (default) trains, continuing from the newest checkpoint of the working directory
@@ -21,7 +21,9 @@ Configuration
                                models model.conv; and for methods that have them (sam, ef21, ...)
                                optimizer.base and optimizer.compressor.
   --config.data.name=SOURCE    of text: python_stdlib, text:GLOB, tokens:FILE (uint16, uint32 ids);
-                               of images: digits, images:DIR (idx files, as of MNIST)
+                               of images: digits, images:DIR (idx files, as of MNIST);
+                               of series: seasons, series:FILE (commas between numbers, a line for
+                               each step); also data.context_length, data.horizon, data.period
   --config.sample.prompt=TEXT  what a sample continues; also sample.length, and how it is drawn:
                                sample.temperature, sample.top_k, sample.top_p, and what the model
                                remembers: sample.cache, full or staircase
@@ -54,6 +56,7 @@ Examples
   python -m jaxref.train --mode=report --workdir=runs/notes
   python -m jaxref.train --config=configs/digits.py
   python -m jaxref.train --config=configs/digits.py --config.data.name=images:~/fashion-mnist
+  python -m jaxref.train --config=configs/forecast.py --config.model.name=CARD
 """
 
 import sys

@@ -23,7 +23,7 @@ def build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
     asked = inspect.signature(made).parameters
     missing = [name for name in sizes if name not in asked]
     if missing:
-        kind = "text" if "vocab_size" in sizes else "images"
+        kind = kind_of_data(sizes)
         raise ConfigError(
             f"model.name={config.model.name} is not a model of {kind}, which "
             f"data.name={config.data.name} is: it takes no {' and no '.join(missing)}"
@@ -31,10 +31,24 @@ def build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
     return made(**sizes, dtype=jnp.dtype(config.dtype))
 
 
-def check_loss(config: ConfigDict, model: Any, num_classes: int | None) -> None:
+def kind_of_data(sizes: dict[str, Any]) -> str:
+    """What the data are whose sizes these are."""
+    if "vocab_size" in sizes:
+        return "text"
+    return "images" if "image_shape" in sizes else "series"
+
+
+def check_loss(config: ConfigDict, model: Any, sizes: dict[str, Any]) -> None:
     """Raises where the loss reads what the model does not have."""
     function = resolve(config, "loss")
     asked = inspect.signature(function).parameters
+    num_classes, kind = sizes.get("num_classes"), kind_of_data(sizes)
+    if (kind == "series") != (next(iter(asked)) == "predictions") and "hidden" not in asked:
+        raise ConfigError(
+            f"loss.name={config.loss.name} is {'not ' * (kind == 'series')}of predictions of "
+            f"numbers, and data.name={config.data.name} is {kind}; choose "
+            + ("squared_error or huber_loss" if kind == "series" else "a loss of logits")
+        )
     if "hidden" in asked and not hasattr(model, "hidden"):
         raise ConfigError(
             f"loss.name={config.loss.name} reads the hidden states of a language model, and "

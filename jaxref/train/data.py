@@ -49,8 +49,8 @@ class Corpus(NamedTuple):
       is_bytes: whether an id is a byte, so that `tokens.tobytes()` is text.
       description: where the tokens come from, in a few words.
 
-    The methods are what the training loop asks of its data; `jaxref.train.images.ImageSet` has
-    them, too. They take the whole configuration.
+    The methods are what the training loop asks of its data; `jaxref.train.images.ImageSet` and
+    `jaxref.train.series.SeriesSet` have them, too. They take the whole configuration.
     """
 
     train: np.ndarray
@@ -60,9 +60,9 @@ class Corpus(NamedTuple):
     description: str
 
     @property
-    def unit(self) -> str:
-        """What a loss is per."""
-        return "byte" if self.is_bytes else "token"
+    def measure(self) -> str:
+        """What a validation loss is."""
+        return f"nats per {'byte' if self.is_bytes else 'token'}"
 
     def sizes(self, config: ConfigDict) -> dict[str, Any]:
         """What the program has to know of the data."""

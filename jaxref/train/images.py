@@ -39,9 +39,9 @@ class ImageSet(NamedTuple):
     description: str
 
     @property
-    def unit(self) -> str:
-        """What a loss is per."""
-        return "image"
+    def measure(self) -> str:
+        """What a validation loss is."""
+        return "nats per image"
 
     def sizes(self, config: ConfigDict) -> dict[str, Any]:
         """What the program has to know of the data."""

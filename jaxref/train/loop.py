@@ -26,6 +26,7 @@ from jaxref.train.distributed import agreed_termination, first_process
 from jaxref.train.images import ImageSet, load_images
 from jaxref.train.losses import class_logits
 from jaxref.train.observe import NO_STEPS, Stopwatch, Trace, facts, seconds_at_peak
+from jaxref.train.outcomes import save_forecast_plot, save_prediction_plot
 from jaxref.train.program import Batch, Program, TrainState, build
 from jaxref.train.quantized import directory, load_quantized, run_quantized
 from jaxref.train.records import (
@@ -34,12 +35,12 @@ from jaxref.train.records import (
     open_workdir,
     read_metrics,
     save_loss_plot,
-    save_prediction_plot,
     write_text_atomic,
 )
 from jaxref.train.sampling import check_request, sample
+from jaxref.train.series import SeriesSet, load_series
 
-Data = Corpus | ImageSet
+Data = Corpus | ImageSet | SeriesSet
 
 
 class NonFiniteError(RuntimeError):
@@ -58,10 +59,10 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
     """Trains to the last step, from the newest checkpoint if there is one, and shows the outcome.
 
     The working directory then holds config.json, metrics.jsonl, starts.jsonl, TensorBoard events,
-    checkpoints/, loss.png and sample.txt, or predictions.png where the data are images. SIGTERM or
-    Ctrl-C saves a checkpoint and returns; a run that was killed continues from its newest
-    checkpoint when it is started again, and ends with the parameters, bit for bit, that it would
-    have had.
+    checkpoints/, loss.png and sample.txt, predictions.png where the data are images, or
+    forecasts.png where they are series. SIGTERM or Ctrl-C saves a checkpoint and returns; a run
+    that was killed continues from its newest checkpoint when it is started again, and ends with the
+    parameters, bit for bit, that it would have had.
 
     Args:
       config: what to train, and how.
@@ -120,7 +121,7 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
         return
     primary = jax.process_index() == 0
     if primary:
-        plot = save_loss_plot(workdir, baselines=validation.baselines, unit=data.unit)
+        plot = save_loss_plot(workdir, baselines=validation.baselines, measure=data.measure)
         print(f"Loss curve: {plot}")
     outcome = workdir / _outcome(data)
     if isinstance(data, Corpus):
@@ -129,9 +130,12 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
             write_text_atomic(outcome, text + "\n")
         print(f"Sample ({outcome}):\n{text}")
     else:
-        predicted = _predictions(data, program, state)
-        if primary:
-            save_prediction_plot(workdir, *_shown(data), predicted)
+        inputs, targets = _shown(data)
+        predicted = _predictions(program, state, inputs)
+        if primary and isinstance(data, ImageSet):
+            save_prediction_plot(workdir, inputs, targets, predicted.argmax(axis=-1))
+        elif primary:
+            save_forecast_plot(workdir, inputs, targets, predicted)
         print(f"Predictions: {outcome}")
 
 
@@ -159,7 +163,7 @@ def print_sample(config: ConfigDict, workdir: Path) -> None:
     """
     data = load(config)
     if not isinstance(data, Corpus):
-        raise ConfigError(f"--mode=sample is for text, and data.name={config.data.name} is images")
+        raise ConfigError(f"--mode=sample is for text, and data.name={config.data.name} is none")
     program, state, _ = _trained(config, data, workdir)
     print(_sampled_text(config, data, program, state))
 
@@ -196,41 +200,45 @@ class Validation:
     """The held-out data of a run, and the losses that need no model to compare with.
 
     Attributes:
-      baselines: nats per byte, token or image by name, on the very data that is evaluated.
+      baselines: losses by name, on the very data that is evaluated.
     """
 
     def __init__(self, config: ConfigDict, data: Data, program: Program):
         self._program = program
-        self._unit = data.unit
+        self._measure = data.measure
         batches, self.baselines = data.held_out(config)
         rows = program.rows
         self._batches = [{name: array[rows] for name, array in b.items()} for b in batches]
 
     def measure(self, state: TrainState) -> dict[str, float]:
-        """`loss`, the mean cross-entropy in nats, and for images `accuracy`; of the averaged
-        parameters where the run keeps an average."""
+        """`loss`, the mean cross-entropy in nats or the mean squared error, and for images
+        `accuracy`; of the averaged parameters where the run keeps an average."""
         params = state.params if state.average is None else state.average
         sums = [
             self._program.evaluate(params, self._program.put(batch), state.model_state)
             for batch in self._batches
         ]
         total = [sum(float(x) for x in column if x is not None) for column in zip(*sums)]
-        nats, examples, correct = total
-        measured = {"loss": nats / examples}
+        loss, examples, correct = total
+        measured = {"loss": loss / examples}
         if sums[0].correct is not None:
             measured["accuracy"] = correct / examples
         return measured
 
     def loss(self, state: TrainState) -> float:
-        """Mean cross-entropy in nats."""
+        """Mean cross-entropy in nats, or mean squared error."""
         return self.measure(state)["loss"]
 
     def describe(self, loss: float, accuracy: float | None = None) -> str:
-        """The measurement beside the baselines, in nats and in bits."""
-        beside = ", ".join(
-            f"{name} {nats:.3f} / {nats / math.log(2):.3f}" for name, nats in self.baselines.items()
-        )
-        text = f"{loss:.3f} nats / {loss / math.log(2):.3f} bits per {self._unit} ({beside})"
+        """The measurement beside the baselines, nats in bits, too."""
+        in_nats = self._measure.startswith("nats")
+
+        def number(loss: float, nats: str = "", bits: str = "") -> str:
+            return f"{loss:.3f}{nats}" + in_nats * f" / {loss / math.log(2):.3f}{bits}"
+
+        beside = ", ".join(f"{name} {number(loss)}" for name, loss in self.baselines.items())
+        shown = number(loss, " nats", " bits") if in_nats else number(loss)
+        text = f"{shown} {self._measure.removeprefix('nats ')} ({beside})"
         return text if accuracy is None else f"{text}, {accuracy:.1%} right"
 
 
@@ -381,20 +389,22 @@ def _write_norms(step: int, norms: Any, records: Records | None) -> None:
 
 
 def load(config: ConfigDict) -> Data:
-    """The text or the images that a configuration names.
+    """The text, the images or the series that a configuration names.
 
     Raises:
       ConfigError: a name of no known form.
-      What `load_corpus` or `load_images` raises.
+      What `load_corpus`, `load_images` or `load_series` raises.
     """
     source = config.data.name.partition(":")[0]
     if source in ("digits", "images"):
         return load_images(**config.data.to_dict())
     if source in ("python_stdlib", "text", "tokens"):
         return load_corpus(**config.data.to_dict())
+    if source in ("seasons", "series"):
+        return load_series(**config.data.to_dict())
     raise ConfigError(
-        "data.name must be python_stdlib, text:GLOB, tokens:FILE, digits or images:DIR, got "
-        f"{config.data.name!r}"
+        "data.name must be python_stdlib, text:GLOB, tokens:FILE, digits, images:DIR, seasons or "
+        f"series:FILE, got {config.data.name!r}"
     )
 
 
@@ -431,7 +441,9 @@ def _introduce(
 
 def _outcome(data: Data) -> str:
     """The file that a finished run leaves last."""
-    return "sample.txt" if isinstance(data, Corpus) else "predictions.png"
+    if isinstance(data, Corpus):
+        return "sample.txt"
+    return "predictions.png" if isinstance(data, ImageSet) else "forecasts.png"
 
 
 def _last_validation(workdir: Path, validation: Validation, state: TrainState) -> dict[str, float]:
@@ -442,20 +454,24 @@ def _last_validation(workdir: Path, validation: Validation, state: TrainState) -
     return measured if "loss" in measured else validation.measure(state)
 
 
-def _shown(data: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-    """The held-out images that are drawn, and their labels."""
-    return data.validation_images[:1024], data.validation_labels[:1024]
+def _shown(data: ImageSet | SeriesSet) -> tuple[np.ndarray, np.ndarray]:
+    """The held-out inputs that are drawn, and their targets."""
+    if isinstance(data, ImageSet):
+        return data.validation_images[:1024], data.validation_labels[:1024]
+    starts = data.held_out_starts()
+    batch = data.windows(starts[np.linspace(0, len(starts) - 1, num=3, dtype=int)])
+    return batch["inputs"], batch["targets"]
 
 
-def _predictions(data: ImageSet, program: Program, state: TrainState) -> np.ndarray:
-    """What the model takes the images for that are drawn."""
+def _predictions(program: Program, state: TrainState, inputs: np.ndarray) -> np.ndarray:
+    """The model's logits of images, or its forecasts."""
     params = state.params if state.average is None else state.average
 
     @partial(jax.jit, out_shardings=NamedSharding(program.mesh, PartitionSpec()))
-    def predict(params: Any, model_state: Any, images: Any) -> Any:
-        return class_logits(program.model(params, model_state), images).argmax(axis=-1)
+    def predict(params: Any, model_state: Any, inputs: Any) -> Any:
+        return class_logits(program.model(params, model_state), inputs)
 
-    return np.asarray(predict(params, state.model_state, _shown(data)[0]))
+    return np.asarray(predict(params, state.model_state, inputs))
 
 
 def prompt_tokens(config: ConfigDict, corpus: Corpus) -> np.ndarray:

@@ -172,9 +172,9 @@ def seconds_at_peak(
       peak is not known.
     """
     chip = CHIPS.get(DEVICE_KINDS.get(program.mesh.devices.flat[0].device_kind, ""))
-    if chip is None or data.unit == "image":
+    tokens, per_second = data.per_step(config)
+    if chip is None or per_second != "tokens_per_second":
         return None
-    tokens, _ = data.per_step(config)
     flops = model_flops(config, active_parameters(config, state.params), tokens)
     return flops / (program.mesh.size / chip.devices * chip.flops)
 
@@ -187,14 +187,14 @@ def facts(
     Args:
       program: the run's.
       state: the run's, for its sizes.
-      data: a `Corpus` or an `ImageSet`.
+      data: a `Corpus`, an `ImageSet` or a `SeriesSet`.
       baselines: losses of what needs no model.
     """
     devices = program.mesh.devices
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "data": data.summary(),
-        "unit": data.unit,
+        "measure": data.measure,
         "baselines": dict(baselines),
         "mesh": dict(program.mesh.shape),
         "devices": f"{devices.size} x {devices.flat[0].device_kind}",

@@ -81,7 +81,7 @@ class Metrics(NamedTuple):
     """What a step reports: scalars.
 
     Attributes:
-      loss: mean of the training loss over the batch's tokens, or images.
+      loss: mean of the training loss over the batch's tokens, images or forecasts.
       gradient_norm: global norm of the gradient, or of what the method puts in its place, before
         clipping.
     """
@@ -94,13 +94,14 @@ class Evaluation(NamedTuple):
     """What a batch adds to the measurement of a model.
 
     Attributes:
-      nats: cross-entropy, whatever the training loss, summed.
-      examples: how many tokens, or images, it is the sum over.
+      loss: cross-entropy in nats, whatever the training loss, summed; of forecasts the squared
+        error, a mean over each.
+      examples: how many tokens, images or forecasts it is the sum over.
       correct: how many of them the model's most probable class is right for; None for tokens,
-        whose logits are never formed.
+        whose logits are never formed, and forecasts.
     """
 
-    nats: Array
+    loss: Array
     examples: Array
     correct: Array | None
 
@@ -164,9 +165,9 @@ class Program(NamedTuple):
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """A batch as arrays sharded over the mesh, given this process's `rows` of it."""
-        like = {
-            name: self.abstract_batch.get(name, self.abstract_batch["targets"]) for name in batch
-        }
+        like = dict(self.abstract_batch)
+        if "where" in batch:  # as the losses, of tokens or of whole examples
+            like["where"] = like["targets" if batch["where"].ndim == 2 else "ids"]
         if jax.process_count() == 1:
             return {name: jax.device_put(x, like[name].sharding) for name, x in batch.items()}
         rows, size = self.rows, self.abstract_batch["ids"].size
@@ -189,9 +190,12 @@ def build(
     *,
     image_shape: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
+    context_length: int | None = None,
+    horizon: int | None = None,
+    channels: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Program:
-    """The program that a configuration describes, for text or for images.
+    """The program that a configuration describes, for text, for images or for series.
 
     Args:
       config: as `jaxref.train.config.load_config` returns it.
@@ -199,6 +203,8 @@ def build(
       num_examples: number of examples to train on, for methods that keep something of each.
       image_shape: height, width and channels, for images.
       num_classes: number of classes, for images.
+      context_length, horizon: steps that are read and steps that are forecast, for series.
+      channels: number of series.
       devices: what it runs on, or is compiled for. Default: all that there are.
 
     Raises:
@@ -210,13 +216,19 @@ def build(
     _check_numbers(config)
     mesh = make_mesh(config.mesh.to_dict(), devices)
     rules = config.rules.to_dict()
-    _check_splits(config, mesh, rules, is_text=image_shape is None)
-    if image_shape is None:
-        sizes: dict[str, Any] = {"vocab_size": vocab_size, "max_length": config.length}
-        logits_shape: tuple[Any, ...] = (config.length, vocab_size)
-    else:
+    is_text = image_shape is None and horizon is None
+    _check_splits(config, mesh, rules, is_text=is_text)
+    sizes: dict[str, Any]
+    logits_shape: tuple[Any, ...]
+    if is_text:
+        sizes = {"vocab_size": vocab_size, "max_length": config.length}
+        logits_shape = (config.length, vocab_size)
+    elif horizon is None:
         sizes = {"image_shape": image_shape, "num_classes": num_classes}
         logits_shape = (num_classes,)
+    else:
+        sizes = {"context_length": context_length, "horizon": horizon, "channels": channels}
+        logits_shape = (horizon, channels)
     model_config = build_model_config(config, sizes)
     schedule = build_schedule(config)
     method = build_method(
@@ -231,7 +243,7 @@ def build(
     def model(key: Array) -> nnx.Module:
         rngs = nnx.Rngs(params=key)
         model = model_config.build(rngs=rngs)
-        check_loss(config, model, num_classes)
+        check_loss(config, model, sizes)
         if keeps_something(loss_function):  # a part of the model, that it may train and be saved
             model.loss = Loss(
                 loss_function,
@@ -336,7 +348,7 @@ def build(
         rules=rules,
         schedule=schedule,
         state_shardings=state_shardings,
-        abstract_batch=_abstract_batch(config, mesh, rules, image_shape),
+        abstract_batch=_abstract_batch(config, mesh, rules, sizes),
         init=jax.jit(init, out_shardings=state_shardings),
         step=jax.jit(
             traced(step),
@@ -409,9 +421,14 @@ def make_step(
 
 
 def evaluate(merge: Merge, params: Params, batch: Batch, model_state: ModelState) -> Evaluation:
-    """Cross-entropy of a batch; `batch["where"]` says which tokens or images count."""
+    """Cross-entropy of a batch, or the squared error of forecasts; `batch["where"]` says which
+    tokens, images or forecasts count."""
     model = merge(params, model_state)
     model.eval()
+    if jnp.issubdtype(batch["targets"].dtype, jnp.floating):
+        error = model(batch["inputs"]).astype(jnp.float32) - batch["targets"]
+        squares = jnp.mean(jnp.square(error), axis=(1, 2))
+        return Evaluation(jnp.sum(squares, where=batch["where"]), jnp.sum(batch["where"]), None)
     if hasattr(model, "hidden"):
         hidden = model.hidden(batch["inputs"]).astype(jnp.float32)  # losses have the type of these
         if isinstance(model.output, OutputOfLoss):
@@ -490,7 +507,9 @@ def _check_splits(config: ConfigDict, mesh: Mesh, rules: Rules, *, is_text: bool
     over = mesh_axes("length", mesh, rules)
     ways = math.prod(mesh.shape[axis] for axis in over)
     if over and not is_text:
-        raise ConfigError(f"mesh.{over[0]} splits sequences of text, and the data are images")
+        raise ConfigError(
+            f"mesh.{over[0]} splits sequences of text, and data.name={config.data.name} is none"
+        )
     if config.length % ways:
         raise ConfigError(
             f"length {config.length} must be a multiple of the {ways} parts that mesh axes "
@@ -498,19 +517,23 @@ def _check_splits(config: ConfigDict, mesh: Mesh, rules: Rules, *, is_text: bool
         )
 
 
-def _abstract_batch(
-    config: ConfigDict, mesh: Mesh, rules: Rules, image_shape: tuple[int, ...] | None
-) -> Batch:
-    rows, length = config.batch_size, config.length
-    tokens = ((rows, length), jnp.int32)
-    images = ((rows, *(image_shape or ())), jnp.float32)
+def _abstract_batch(config: ConfigDict, mesh: Mesh, rules: Rules, sizes: dict[str, Any]) -> Batch:
+    rows = config.batch_size
     ids = ((rows,), jnp.int32)
-    of_text = image_shape is None
-    shapes = {
-        "inputs": tokens if of_text else images,
-        "targets": tokens if of_text else ids,
-        "ids": ids,
-    }
+    of_text = "vocab_size" in sizes
+    shapes: dict[str, tuple[tuple[int, ...], Any]]
+    if of_text:
+        tokens = ((rows, config.length), jnp.int32)
+        shapes = {"inputs": tokens, "targets": tokens}
+    elif "image_shape" in sizes:
+        shapes = {"inputs": ((rows, *sizes["image_shape"]), jnp.float32), "targets": ids}
+    else:
+        past, future = (
+            ((rows, sizes[length], sizes["channels"]), jnp.float32)
+            for length in ("context_length", "horizon")
+        )
+        shapes = {"inputs": past, "targets": future}
+    shapes["ids"] = ids
 
     def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
         axes = ("batch", "length" if of_text else None, None, None)[: len(shape)]

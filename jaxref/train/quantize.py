@@ -62,7 +62,8 @@ class Result(NamedTuple):
       bytes_on_disk: of all arrays of the quantized model.
       loss_before, loss_after: validation loss in nats.
       speed_before, speed_after: in `speed_unit`, measured in turn.
-      speed_unit: tokens generated, one sequence at a time, or images classified.
+      speed_unit: tokens generated, one sequence at a time, or images classified, or windows
+        forecast.
       seconds: to calibrate and to quantize.
     """
 
@@ -129,7 +130,7 @@ def quantize(config: ConfigDict, workdir: Path) -> None:
         loss_after=loss_after,
         speed_before=speed_before,
         speed_after=speed_after,
-        speed_unit=f"{'tokens' if isinstance(data, Corpus) else 'images'}/s",
+        speed_unit=data.per_step(config)[1].replace("_per_second", "/s"),
         seconds=seconds,
     )
     if jax.process_index() == 0:

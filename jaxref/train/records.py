@@ -76,7 +76,7 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     Raises:
       OSError: it cannot be written; the old file is still there.
     """
-    _write_atomic(epath.Path(path), text.encode())
+    write_atomic(epath.Path(path), text.encode())
 
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
@@ -285,34 +285,38 @@ def plot_loss(
     metrics: Sequence[Mapping[str, Any]],
     *,
     baselines: Mapping[str, float],
-    unit: str = "byte",
+    measure: str = "nats per byte",
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Draws the training and validation loss over the steps, with levels to compare them to.
 
     The training loss is drawn thin, and on top of it its mean over a window of 1/25 of the
-    records, which is narrower at the start, where the loss falls fast.
+    records, which is narrower at the start, where the loss falls fast. What is above four times all
+    levels and validation losses is cut off.
 
     Args:
-      metrics: records as `read_metrics` returns them, `loss` and `validation_loss` in nats;
+      metrics: records as `read_metrics` returns them, with `loss` and `validation_loss`;
         records without one of them, or where it is not finite, are left out of its curve.
       baselines: losses by name ("unigram", "zlib", "lzma"); a horizontal line each.
-      unit: what the losses are per, for the axis label: "byte" (default), "token" or "image".
+      measure: what the losses are, for the axis label. Default "nats per byte".
       ax: matplotlib axes. Default: those of a new figure, `.figure` of the result.
 
     Returns:
       The axes.
     """
     if ax is None:
-        ax = _new_figure().subplots()
+        ax = new_figure().subplots()
     steps, loss = _curve(metrics, TRAINING_LOSS)
     ax.plot(steps, loss, color="tab:blue", linewidth=0.6, alpha=0.35)
     ax.plot(steps, _smooth(loss), color="tab:blue", linewidth=1.8, label="training")
     steps, loss = _curve(metrics, VALIDATION_LOSS)
+    levels = [*loss, *baselines.values()]
     ax.plot(steps, loss, "o", color="tab:orange", markersize=5, label="validation", clip_on=False)
     for level in baselines.values():
         ax.axhline(level, color="0.35", linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
     ax.set_ylim(bottom=0)
+    if levels and ax.get_ylim()[1] > 4 * max(levels):  # a start that would flatten all else
+        ax.set_ylim(top=4 * max(levels))
     close = 0.05 * ax.get_ylim()[1]  # the height of a label, about
     for name, level in baselines.items():
         distances = [level - other for other in baselines.values()]
@@ -331,7 +335,7 @@ def plot_loss(
             fontsize="small",
             color="0.25",
         )
-    ax.set(xlabel="training step", ylabel=f"loss (nats per {unit})")
+    ax.set(xlabel="training step", ylabel=f"loss ({measure})")
     ax.margins(x=0.015)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
@@ -342,7 +346,7 @@ def plot_loss(
 
 
 def save_loss_plot(
-    workdir: str | os.PathLike, *, baselines: Mapping[str, float], unit: str = "byte"
+    workdir: str | os.PathLike, *, baselines: Mapping[str, float], measure: str = "nats per byte"
 ) -> epath.Path:
     """Draws `plot_loss` of the working directory's metrics to its `loss.png`.
 
@@ -351,80 +355,22 @@ def save_loss_plot(
     Args:
       workdir: the working directory.
       baselines: losses by name, as in `plot_loss`.
-      unit: as in `plot_loss`.
+      measure: as in `plot_loss`.
 
     Returns:
       The path of the picture.
     """
     picture = io.BytesIO()
-    figure = _new_figure()
-    plot_loss(read_metrics(workdir), baselines=baselines, unit=unit, ax=figure.subplots())
+    figure = new_figure()
+    plot_loss(read_metrics(workdir), baselines=baselines, measure=measure, ax=figure.subplots())
     figure.savefig(picture, format="png")
     path = epath.Path(workdir) / "loss.png"
-    _write_atomic(path, picture.getvalue())
+    write_atomic(path, picture.getvalue())
     return path
 
 
-def plot_predictions(
-    images: np.ndarray,
-    labels: np.ndarray,
-    predicted: np.ndarray,
-    *,
-    most: int = 40,
-    figure: "Figure | None" = None,
-) -> "Figure":
-    """Draws images with what a model takes them for, its mistakes first and in red.
-
-    Args:
-      images: `[n, height, width, channels]`, of one channel or three, in any range.
-      labels: integer `[n]`, the classes.
-      predicted: integer `[n]`, what the model takes them for.
-      most: how many to draw at most. Default 40.
-      figure: matplotlib figure. Default: a new one.
-
-    Returns:
-      The figure.
-    """
-    figure = _new_figure() if figure is None else figure
-    order = np.argsort(labels == predicted, kind="stable")[:most]
-    columns = 10
-    rows = -(-len(order) // columns)
-    figure.set_size_inches(7.5, 0.55 + 0.95 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    low, high = images.min(), images.max()
-    for panel in panels.flat:
-        panel.axis("off")
-    for panel, i in zip(panels.flat, order):
-        pixels = (images[i] - low) / max(high - low, 1e-12)
-        one_channel = pixels.shape[-1] != 3
-        panel.imshow(pixels[..., 0] if one_channel else pixels, cmap="gray_r", vmin=0, vmax=1)
-        right = labels[i] == predicted[i]
-        panel.set_title(
-            f"{predicted[i]}" if right else f"{predicted[i]}, not {labels[i]}",
-            fontsize="small",
-            color="0.25" if right else "tab:red",
-        )
-    wrong = int(np.sum(labels != predicted))
-    figure.suptitle(f"{wrong} of {len(labels)} held-out images taken for another class")
-    return figure
-
-
-def save_prediction_plot(
-    workdir: str | os.PathLike, images: np.ndarray, labels: np.ndarray, predicted: np.ndarray
-) -> epath.Path:
-    """Draws `plot_predictions` to the working directory's `predictions.png`.
-
-    Returns:
-      The path of the picture.
-    """
-    picture = io.BytesIO()
-    plot_predictions(images, labels, predicted).savefig(picture, format="png")
-    path = epath.Path(workdir) / "predictions.png"
-    _write_atomic(path, picture.getvalue())
-    return path
-
-
-def _write_atomic(path: epath.Path, data: bytes) -> None:
+def write_atomic(path: epath.Path, data: bytes) -> None:
+    """Writes a file so that there is all of it, or what was there before."""
     if is_remote(path):  # an object appears as a whole
         path.write_bytes(data)
         return
@@ -495,7 +441,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _new_figure() -> "Figure":
+def new_figure() -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7.5, 4.2), dpi=160, layout="constrained")

@@ -137,9 +137,7 @@ def _numbers(config: ConfigDict, metrics: Rows, facts: Mapping[str, Any]) -> str
     shown = {
         f"of {config.steps:,} steps": f"{metrics[-1]['step']:,}",
         "training loss": _last(metrics, "loss", ".3f"),
-        f"validation, nats per {facts.get('unit', 'token')}": _last(
-            metrics, VALIDATION_LOSS, ".3f"
-        ),
+        f"validation, {facts.get('measure', 'nats')}": _last(metrics, VALIDATION_LOSS, ".3f"),
         "right in validation": _last(metrics, "validation_accuracy", ".1%"),
         rate.replace("_", " "): _last(metrics, rate, ",.0f"),
         "of the peak FLOPs": _last(metrics, "model_flops_utilisation", ".1%"),
@@ -184,14 +182,20 @@ def _outcome(workdir: Path, metrics: Rows, facts: Mapping[str, Any]) -> str:
     named |= facts.get("baselines", {})
     parts = []
     if named:
-        rows = [[name, f"{nats:.3f}", f"{nats / math.log(2):.3f}"] for name, nats in named.items()]
-        parts.append(_table(rows, ["", f"nats per {facts.get('unit', 'token')}", "bits"]))
+        measure = facts.get("measure", "nats")
+        rows = [[name, f"{loss:.3f}"] for name, loss in named.items()]
+        if measure.startswith("nats"):
+            rows = [[*row, f"{loss / math.log(2):.3f}"] for row, loss in zip(rows, named.values())]
+        parts.append(_table(rows, ["", measure, "bits"][: len(rows[0])]))
     if (workdir / "sample.txt").exists():
         sample = (workdir / "sample.txt").read_bytes().decode(errors="replace")
         parts.append(f"<p>Sample:</p><pre>{_text(sample)}</pre>")
     if (workdir / "predictions.png").exists():
         picture = (workdir / "predictions.png").read_bytes()
         parts.append(f"<figure>{_image(picture, 'Held-out images, mistakes first')}</figure>")
+    if (workdir / "forecasts.png").exists():
+        picture = (workdir / "forecasts.png").read_bytes()
+        parts.append(f"<figure>{_image(picture, 'Held-out series and their forecasts')}</figure>")
     return "".join(parts) or "<p>None yet.</p>"
 
 
@@ -212,7 +216,9 @@ def _configuration(config: ConfigDict) -> str:
 def _loss_figure(metrics: Rows, starts: Rows, facts: Mapping[str, Any]) -> "Figure":
     figure = _new_figure(3.4)
     ax = figure.subplots()
-    plot_loss(metrics, baselines=facts.get("baselines", {}), unit=facts.get("unit", "token"), ax=ax)
+    plot_loss(
+        metrics, baselines=facts.get("baselines", {}), measure=facts.get("measure", "nats"), ax=ax
+    )
     _tidy(ax, starts)
     return figure
 

@@ -205,7 +205,7 @@ class TestDigits:
             "num_examples": 1438,
         }
         assert digits.per_step(config) == (128, "images_per_second")
-        assert digits.unit == "image"
+        assert digits.measure == "nats per image"
 
     @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, np.nan])
     def test_fractions_that_leave_one_part_empty(self, fraction):

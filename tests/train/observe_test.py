@@ -131,7 +131,7 @@ class TestStepsToProfile:
 
 
 class TestSecondsAtPeak:
-    data = SimpleNamespace(unit="token", per_step=lambda config: (64, "tokens_per_second"))
+    data = SimpleNamespace(per_step=lambda config: (64, "tokens_per_second"))
     state = SimpleNamespace(
         params={
             "embed": {"embedding": np.zeros((256, 8))},
@@ -156,7 +156,7 @@ class TestSecondsAtPeak:
 
     def test_none_where_peak_or_formula_is_not_known(self):
         assert self.of("cpu") is None
-        assert self.of("TPU v4", unit="image") is None
+        assert self.of("TPU v4", per_step=lambda config: (64, "images_per_second")) is None
 
     def test_every_chip_has_a_name(self):
         assert set(DEVICE_KINDS.values()) == set(CHIPS)
@@ -250,7 +250,7 @@ class TestObservedRun:
         [start] = read_starts(workdir)
         assert start["step"] == 0
         assert start["devices"] == "1 x cpu"
-        assert start["unit"] == "byte"
+        assert start["measure"] == "nats per byte"
         assert set(start["baselines"]) == {"unigram", "zlib", "lzma"}
         assert start["parameters"] > 10_000
 

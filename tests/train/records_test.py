@@ -18,10 +18,8 @@ from jaxref.train.records import (
     check_config,
     open_workdir,
     plot_loss,
-    plot_predictions,
     read_metrics,
     save_loss_plot,
-    save_prediction_plot,
     write_json_atomic,
     write_text_atomic,
 )
@@ -263,7 +261,7 @@ class TestPlot:
 
     def test_drawn_into_given_axes(self):
         ax = plot_loss(METRICS, baselines={}).figure.add_subplot(3, 3, 1)
-        assert plot_loss([], baselines={"zlib": 2.0}, unit="token", ax=ax) is ax
+        assert plot_loss([], baselines={"zlib": 2.0}, measure="nats per token", ax=ax) is ax
         assert ax.get_ylabel() == "loss (nats per token)"
 
     def test_the_picture_needs_no_pyplot_and_says_nothing(self, tmp_path):
@@ -288,38 +286,3 @@ class TestPlot:
 
     def test_before_the_first_record(self, tmp_path):
         assert save_loss_plot(tmp_path, baselines={}) == tmp_path / "loss.png"
-
-
-class TestPredictions:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 10, 50)
-    predicted = np.where(np.isin(np.arange(50), [7, 20]), (labels + 1) % 10, labels)
-
-    def test_mistakes_come_first_and_in_red(self):
-        images = self.rng.normal(size=(50, 4, 4, 1))
-        figure = plot_predictions(images, self.labels, self.predicted, most=12)
-        shown = [panel for panel in figure.axes if panel.images]
-        titles = [panel.get_title() for panel in shown]
-        wrong = [f"{self.predicted[i]}, not {self.labels[i]}" for i in (7, 20)]
-        assert titles == wrong + [str(label) for label in np.delete(self.labels, [7, 20])[:10]]
-        assert [panel.title.get_color() == "tab:red" for panel in shown] == [True] * 2 + [
-            False
-        ] * 10
-        assert figure.get_suptitle() == "2 of 50 held-out images taken for another class"
-        pixels = np.asarray(shown[1].images[0].get_array())
-        expected = (images[20, ..., 0] - images.min()) / np.ptp(images)
-        np.testing.assert_allclose(pixels, expected, rtol=1e-6)
-
-    def test_fewer_images_than_places_colours_and_a_constant(self):
-        images = np.stack([np.full((4, 4, 3), 2.0)] * 3)
-        figure = plot_predictions(images, self.labels[:3], self.labels[:3])
-        shown = [panel for panel in figure.axes if panel.images]
-        assert len(shown) == 3
-        assert shown[0].images[0].get_array().shape == (4, 4, 3)
-
-    def test_picture(self, tmp_path):
-        images = self.rng.normal(size=(50, 4, 4, 1))
-        path = save_prediction_plot(tmp_path, images, self.labels, self.predicted)
-        assert path == tmp_path / "predictions.png"
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert [file.name for file in tmp_path.iterdir()] == ["predictions.png"]

@@ -12,7 +12,7 @@ from jaxref.train.report import plot_gradient, plot_norms, plot_speed, plot_time
 FACTS = {
     "parameters": 1234567,
     "data": "text of <notes>; 100 tokens to train on, 10 held out",
-    "unit": "byte",
+    "measure": "nats per byte",
     "baselines": {"unigram": 3.3, "zlib": 1.5},
     "mesh": {"data": 2, "fsdp": 4, "tensor": 1},
     "devices": "8 x TPU v5",
@@ -135,7 +135,7 @@ class TestPage:
     def test_of_images(self, config, tmp_path):
         row = record(1, images_per_second=640.0, validation_accuracy=0.987)
         del row["tokens_per_second"]
-        write(tmp_path, {1: row}, facts={**FACTS, "unit": "image"})
+        write(tmp_path, {1: row}, facts={**FACTS, "measure": "nats per image"})
         (tmp_path / "predictions.png").write_bytes(b"\x89PNG\r\n\x1a\n")
         page = page_of(config, tmp_path)
         assert "98.7% right in validation" in page.words

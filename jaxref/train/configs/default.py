@@ -19,11 +19,15 @@ def get_config() -> ConfigDict:
             "max_nonfinite_steps": 10,  # in a row; then the run stops
             "dtype": "float32",  # to compute in: float32 or bfloat16
             "data": {
-                "name": "python_stdlib",  # or text:GLOB, tokens:FILE, digits, images:DIR
+                # or text:GLOB, tokens:FILE, digits, images:DIR, seasons, series:FILE
+                "name": "python_stdlib",
                 "validation_fraction": 0.02,
                 "vocab_size": 256,
                 "token_dtype": "uint16",  # of tokens:FILE
                 "positive_classes": [],  # of images: to tell from all others; [] keeps all apart
+                "context_length": 48,  # of series: steps that are read
+                "horizon": 12,  # of series: steps that are forecast
+                "period": 24,  # of series: steps of a season
             },
             "model": {
                 "name": "Transformer",
