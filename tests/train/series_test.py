@@ -118,7 +118,7 @@ def test_a_forecaster_beats_what_repeats(tmp_path, capsys):
 
 
 def test_several_series_together_and_a_loss_by_step():
-    overrides = ["model.name=CARD", "model.patch_size=12", "loss.name=signal_decay_loss"]
+    overrides = ["model.name=CARD", "loss.name=signal_decay_loss"]
     config = load_config("configs/forecast.py", overrides)
     program = build_program(config, load(config))
     state, metrics = jax.eval_shape(program.step, program.abstract_state, program.abstract_batch)
