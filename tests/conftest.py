@@ -11,6 +11,9 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["JAXREF_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jaxref-tests")
 
+# The CPU's newer emitters take twice the time to compile, and hardly less to run what tests run.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+
 import jax
 import pytest
 
