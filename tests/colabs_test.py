@@ -8,14 +8,11 @@ import pytest
 COLABS = Path(__file__).parents[1] / "colabs"
 NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
 
-# As in conftest.py, where a tutorial sets XLA's flags itself.
-EMITTERS = {'device_count=8"': 'device_count=8 --xla_cpu_use_fusion_emitters=false"'}
-
 # What makes a tutorial quick where its pictures do not matter: text of a cell, and its replacement.
 FEWER_STEPS = {
     "attention": {"steps=200 batch_size=4": "steps=10 batch_size=4", "steps=600": "steps=110"},
     "contrastive": {
-        **EMITTERS,
+        'device_count=8"': 'device_count=8 --xla_cpu_use_fusion_emitters=false"',
         "steps = 400": "steps = 5",
         "batches = (16, 64, 256)": "batches = (16,)",
         "temperatures = (0.1, 0.2, 0.3, 0.5, 1.0)": "temperatures = (0.1,)",
@@ -25,7 +22,6 @@ FEWER_STEPS = {
     "normalization": {"steps = 80": "steps = 20", "steps=60": "steps=22"},
     "optimizers": {"steps, every = 100, 5": "steps, every = 10, 5"},
     "pod": {
-        **EMITTERS,
         '"--config=configs/llm_1b.py"]': '"--config.data.name=tokens:a"]',  # the main job
         '"data and sequence": ["mesh.data=2", "mesh.sequence=4"],': "",
         "steps_to_take = 60": "steps_to_take = 15",

@@ -11,9 +11,6 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["JAXREF_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jaxref-tests")
 
-# The CPU's newer emitters take twice the time to compile, and hardly less to run what tests run.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-
 import jax
 import pytest
 
@@ -24,6 +21,13 @@ jax.config.update(
     "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax-tests")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# The CPU's newer emitters take twice the time to compile, and hardly less to run what tests run.
+# The flag is read at the first compilation; the TPU's compiler does not know it and reads later.
+_flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_use_fusion_emitters=false"
+jax.jit(lambda: 0)()
+os.environ["XLA_FLAGS"] = _flags
 
 _tests = itertools.count(1)
 

@@ -9,6 +9,16 @@ from jaxref.losses.adversarial import (
     switching_one_versus_rest_loss,
     switching_ovr_trades_loss,
 )
+from jaxref.losses.adversarial_robust_weighting import (
+    CompositionalState,
+    barrier_attack,
+    box_log_barrier,
+    compositional_state_init,
+    compositional_weights,
+    doubly_robust_value_and_grad,
+    kl_distributionally_robust_loss,
+    kl_robust_weights,
+)
 from jaxref.losses.aggregate import (
     aggregate_ridge_regression,
     bag_level_loss,
@@ -16,6 +26,29 @@ from jaxref.losses.aggregate import (
     instance_level_loss,
     interpolated_aggregate_loss,
     private_bag_responses,
+)
+from jaxref.losses.anchored_ensemble import (
+    EnsembleMoments,
+    Rollout,
+    anchored_ensemble_loss,
+    autoregressive_rollout,
+    ensemble_predictive_moments,
+    mixture_negative_log_likelihood,
+    sample_anchors,
+)
+from jaxref.losses.angular_margin import (
+    AdaFaceState,
+    adaface_init,
+    adaface_loss,
+    arcface_loss,
+    cosface_loss,
+)
+from jaxref.losses.angular_margin_median import madacos_loss, madacos_scale_margin
+from jaxref.losses.bellman import (
+    mean_absolute_bellman_error,
+    mean_huber_bellman_error,
+    qrc_huber_loss,
+    saddlepoint_bellman_loss,
 )
 from jaxref.losses.black_box import (
     black_box_polynomial_loss,
@@ -31,6 +64,8 @@ from jaxref.losses.calibration import (
     mixup_loss,
     sigmoid_dual_focal_loss,
 )
+from jaxref.losses.captioning import captioning_multitask_loss, sentence_embedding_regression_loss
+from jaxref.losses.class_weighted import weighted_log_loss
 from jaxref.losses.classification import (
     margin_binary_cross_entropy,
     poly1_focal_loss,
@@ -39,6 +74,12 @@ from jaxref.losses.classification import (
     squentropy,
     truncated_poly_loss,
 )
+from jaxref.losses.collaborative_filtering import (
+    bayesian_personalized_ranking_loss,
+    cosine_contrastive_loss,
+    pairwise_hinge_loss,
+    sampled_softmax_loss,
+)
 from jaxref.losses.comp_sum import (
     comp_sum_consistency_bound,
     comp_sum_consistency_transform,
@@ -46,6 +87,13 @@ from jaxref.losses.comp_sum import (
     comp_sum_minimal_risk,
     generalized_cross_entropy,
     mean_absolute_error_classification,
+)
+from jaxref.losses.concept_bottleneck import (
+    cubic_cosine_similarity_loss,
+    diagonal_contrastive_loss,
+    gumbel_contrastive_loss,
+    gumbel_softmax,
+    l1_bottleneck_penalty,
 )
 from jaxref.losses.confusion_matrix import (
     ConfusionMatrix,
@@ -56,6 +104,29 @@ from jaxref.losses.confusion_matrix import (
     geometric_mean_loss,
     metric_loss,
     soft_confusion_matrix,
+)
+from jaxref.losses.contrastive import (
+    SigmoidContrastiveParams,
+    kept_negatives,
+    nt_xent_loss,
+    siglip_init,
+    sigmoid_contrastive_loss,
+    softmax_contrastive_loss,
+)
+from jaxref.losses.contrastive_regression import conr_loss
+from jaxref.losses.contrastive_similarities import (
+    hard_contrastive_loss,
+    hard_simple_contrastive_loss,
+    info_nce_loss,
+    simple_contrastive_loss,
+)
+from jaxref.losses.contrastive_temperature import (
+    IndividualTemperatureState,
+    isogclr_bimodal_loss,
+    isogclr_init,
+    isogclr_loss,
+    kl_constrained_temperature,
+    robust_global_contrastive_loss,
 )
 from jaxref.losses.coverage import (
     direct_coverage_gradient_factor,
@@ -89,6 +160,38 @@ from jaxref.losses.detection import (
     wing_loss,
     yolo_loss,
 )
+from jaxref.losses.dispersive import dispersive_loss
+from jaxref.losses.distillation import (
+    binary_kl_logit_loss,
+    binary_kl_norm_logit_loss,
+    dual_head_distillation_loss,
+    soft_label_distillation_loss,
+)
+from jaxref.losses.distillation_design import layer_mapping, recommend_pipeline
+from jaxref.losses.distillation_features import (
+    attention_cross_entropy_loss,
+    gram_distillation_loss,
+    hidden_cosine_loss,
+    hidden_mse_loss,
+    patient_distillation_loss,
+)
+from jaxref.losses.distillation_mutual_information import (
+    mi_alpha_loss,
+    mutual_information_lower_bound,
+)
+from jaxref.losses.distillation_rank import (
+    list_mle_loss,
+    plackett_luce_distillation_loss,
+    teacher_optimal_permutation,
+)
+from jaxref.losses.distillation_teachers import (
+    MTARDMetrics,
+    MTARDState,
+    entropy_balance,
+    mtard_init,
+    multi_teacher_adversarial_distillation_loss,
+    normalized_loss_balance,
+)
 from jaxref.losses.factored_output import (
     FactoredOutputState,
     factored_output_init,
@@ -98,6 +201,15 @@ from jaxref.losses.factored_output import (
     factored_output_weights,
     spherical_statistics,
 )
+from jaxref.losses.forecasting import (
+    dequantize_series,
+    discrete_wasserstein,
+    generalized_mean_absolute_directional_loss,
+    mean_absolute_directional_loss,
+    ordinal_wasserstein_loss,
+    quantize_series,
+)
+from jaxref.losses.horizon import signal_decay_loss, symmetric_absolute_percentage_error
 from jaxref.losses.imbalance import (
     focal_loss,
     hard_negative_mask,
@@ -105,7 +217,19 @@ from jaxref.losses.imbalance import (
     self_adjusting_dice_loss_with_logits,
     sigmoid_focal_loss,
 )
+from jaxref.losses.imbalanced_regression import (
+    cisir_loss,
+    correlation_loss,
+    cosine_importance,
+    decreasing_involution,
+    dense_loss_importance,
+    involution_importance,
+    label_density,
+    linear_importance,
+    reciprocal_importance,
+)
 from jaxref.losses.language import load_balance_loss, z_loss
+from jaxref.losses.local_descriptors import attentive_local_triplet_loss, match_local_descriptors
 from jaxref.losses.macro_auc import (
     macro_auc_pairwise_loss,
     macro_auc_reweighted_loss,
@@ -120,6 +244,45 @@ from jaxref.losses.margins import (
     periodic_ensemble_calibrated_loss,
     sample_calibrated_derivatives,
     weston_watkins_loss,
+)
+from jaxref.losses.mean_field import (
+    classwise_multi_similarity_loss,
+    mean_field_classwise_multi_similarity_loss,
+    mean_field_contrastive_loss,
+    mean_field_regularizer,
+)
+from jaxref.losses.mean_shifted import (
+    angular_center_loss,
+    feature_center,
+    mean_shifted_contrastive_loss,
+)
+from jaxref.losses.metric_learning import (
+    contrastive_regression_triplet_loss,
+    threshold_consistent_margin_loss,
+)
+from jaxref.losses.multilabel_retrieval import decoupled_softmax_loss, sampled_positives
+from jaxref.losses.mutual_information import (
+    bilinear_critic,
+    info_nce_bound,
+    pairwise_gradient_penalty,
+    wasserstein_dependency_bound,
+    wasserstein_predictive_coding_loss,
+)
+from jaxref.losses.normalized_softmax import (
+    minimum_scale,
+    normalized_softmax_logits,
+    normalized_softmax_loss,
+)
+from jaxref.losses.number_tokens import (
+    number_token_cross_entropy,
+    number_token_loss,
+    number_token_values,
+)
+from jaxref.losses.optimal_transport import (
+    EntropicTransport,
+    entropic_optimal_transport,
+    sinkhorn_divergence,
+    stack_alignment_loss,
 )
 from jaxref.losses.pairwise import pairwise_surrogate
 from jaxref.losses.partial_auc import (
@@ -140,20 +303,43 @@ from jaxref.losses.proper import (
     legendretron_loss,
     log_softmax_plus,
 )
+from jaxref.losses.prototypes import icnn_loss, icnn_score, proto_triplet_loss
+from jaxref.losses.query_reformulation import (
+    lol_objective,
+    loss_over_loss,
+    query_reformulation_loss,
+)
 from jaxref.losses.ranking import lambda_ranking_loss, profit_aware_ranking_loss
 from jaxref.losses.regression import (
     absolute_error,
+    absolute_percentage_error,
+    bias_error,
+    gaussian_negative_log_likelihood,
     huber_loss,
     log_cosh_loss,
+    multi_quantile_loss,
     poisson_loss,
     quantile_loss,
     squared_error,
+)
+from jaxref.losses.regression_bins import (
+    balanced_class_mask,
+    bin_targets,
+    histogram_equalized_edges,
+    regression_classification_loss,
+    target_bins,
+)
+from jaxref.losses.regression_logarithmic import (
+    logarithmic_squared_error,
+    root_mean_squared_log_error,
+    squared_log_error,
 )
 from jaxref.losses.rejection import (
     calibrated_rejection_beta,
     fixed_predictor_rejection_loss,
     optimal_rejection_score,
 )
+from jaxref.losses.relevance import monotone_score_map, relevance_filter_loss
 from jaxref.losses.retrieval import (
     contrastive_retrieval_loss,
     mann_whitney_loss,
@@ -212,6 +398,7 @@ from jaxref.losses.segmentation_region import (
     robust_t_loss,
     sensitivity_specificity_loss,
 )
+from jaxref.losses.soft_top_k import log_soft_top_k, soft_top_k, soft_top_k_loss
 from jaxref.losses.spectral_decoupling import spectral_decoupling_loss, spectral_decoupling_penalty
 from jaxref.losses.spherical import (
     log_spherical_softmax_loss,
@@ -237,12 +424,40 @@ from jaxref.losses.temperature_scaling import (
     temperature_scale,
     transformed_topk_features,
 )
+from jaxref.losses.unified_negative_pairs import (
+    box_and_whisker_mask,
+    in_batch_negative_similarities,
+    unified_negative_pair_softmax,
+    unpg_loss,
+)
+from jaxref.losses.value import (
+    HLGauss,
+    categorical_distributional_loss,
+    categorical_td_targets,
+    hl_gauss_loss,
+    two_hot_decode,
+    two_hot_encode,
+    two_hot_loss,
+)
+from jaxref.losses.variational import (
+    cauchy_schwarz_divergence,
+    cauchy_schwarz_information_bottleneck_loss,
+    cauchy_schwarz_mutual_information,
+    conditional_cauchy_schwarz_divergence,
+)
 from jaxref.losses.z_error import (
     ZErrorMask,
     gaussian_decision_threshold,
     z_error_classification_loss,
     z_error_loss,
     z_error_mask,
+)
+from jaxref.metrics.regression import (
+    normalized_root_mean_squared_error,
+    relative_absolute_error,
+    relative_root_mean_squared_error,
+    relative_squared_error,
+    root_mean_squared_error,
 )
 
 __all__ = [
@@ -430,4 +645,170 @@ __all__ = [
     "factored_output_weights",
     "spherical_statistics",
     "FactoredOutputState",
+    "SigmoidContrastiveParams",
+    "siglip_init",
+    "sigmoid_contrastive_loss",
+    "softmax_contrastive_loss",
+    "nt_xent_loss",
+    "kept_negatives",
+    "label_density",
+    "decreasing_involution",
+    "involution_importance",
+    "reciprocal_importance",
+    "linear_importance",
+    "cosine_importance",
+    "dense_loss_importance",
+    "correlation_loss",
+    "cisir_loss",
+    "entropic_optimal_transport",
+    "EntropicTransport",
+    "sinkhorn_divergence",
+    "stack_alignment_loss",
+    "CompositionalState",
+    "compositional_state_init",
+    "compositional_weights",
+    "kl_robust_weights",
+    "kl_distributionally_robust_loss",
+    "box_log_barrier",
+    "barrier_attack",
+    "doubly_robust_value_and_grad",
+    "normalized_softmax_logits",
+    "normalized_softmax_loss",
+    "minimum_scale",
+    "cosface_loss",
+    "arcface_loss",
+    "AdaFaceState",
+    "adaface_init",
+    "adaface_loss",
+    "madacos_loss",
+    "madacos_scale_margin",
+    "unpg_loss",
+    "unified_negative_pair_softmax",
+    "in_batch_negative_similarities",
+    "box_and_whisker_mask",
+    "gumbel_softmax",
+    "gumbel_contrastive_loss",
+    "diagonal_contrastive_loss",
+    "l1_bottleneck_penalty",
+    "cubic_cosine_similarity_loss",
+    "soft_label_distillation_loss",
+    "binary_kl_logit_loss",
+    "binary_kl_norm_logit_loss",
+    "dual_head_distillation_loss",
+    "plackett_luce_distillation_loss",
+    "list_mle_loss",
+    "teacher_optimal_permutation",
+    "isogclr_init",
+    "isogclr_loss",
+    "isogclr_bimodal_loss",
+    "robust_global_contrastive_loss",
+    "kl_constrained_temperature",
+    "IndividualTemperatureState",
+    "decoupled_softmax_loss",
+    "sampled_positives",
+    "soft_top_k",
+    "log_soft_top_k",
+    "soft_top_k_loss",
+    "mi_alpha_loss",
+    "mutual_information_lower_bound",
+    "info_nce_bound",
+    "wasserstein_dependency_bound",
+    "bilinear_critic",
+    "pairwise_gradient_penalty",
+    "wasserstein_predictive_coding_loss",
+    "signal_decay_loss",
+    "symmetric_absolute_percentage_error",
+    "conr_loss",
+    "feature_center",
+    "mean_shifted_contrastive_loss",
+    "angular_center_loss",
+    "mean_absolute_directional_loss",
+    "generalized_mean_absolute_directional_loss",
+    "ordinal_wasserstein_loss",
+    "discrete_wasserstein",
+    "quantize_series",
+    "dequantize_series",
+    "number_token_loss",
+    "number_token_cross_entropy",
+    "number_token_values",
+    "bias_error",
+    "absolute_percentage_error",
+    "multi_quantile_loss",
+    "gaussian_negative_log_likelihood",
+    "regression_classification_loss",
+    "target_bins",
+    "bin_targets",
+    "histogram_equalized_edges",
+    "balanced_class_mask",
+    "squared_log_error",
+    "root_mean_squared_log_error",
+    "logarithmic_squared_error",
+    "root_mean_squared_error",
+    "relative_absolute_error",
+    "relative_squared_error",
+    "normalized_root_mean_squared_error",
+    "relative_root_mean_squared_error",
+    "weighted_log_loss",
+    "info_nce_loss",
+    "hard_contrastive_loss",
+    "simple_contrastive_loss",
+    "hard_simple_contrastive_loss",
+    "hidden_mse_loss",
+    "hidden_cosine_loss",
+    "patient_distillation_loss",
+    "attention_cross_entropy_loss",
+    "gram_distillation_loss",
+    "layer_mapping",
+    "recommend_pipeline",
+    "mtard_init",
+    "multi_teacher_adversarial_distillation_loss",
+    "entropy_balance",
+    "normalized_loss_balance",
+    "MTARDState",
+    "MTARDMetrics",
+    "attentive_local_triplet_loss",
+    "match_local_descriptors",
+    "classwise_multi_similarity_loss",
+    "mean_field_classwise_multi_similarity_loss",
+    "mean_field_contrastive_loss",
+    "mean_field_regularizer",
+    "contrastive_regression_triplet_loss",
+    "threshold_consistent_margin_loss",
+    "icnn_loss",
+    "icnn_score",
+    "proto_triplet_loss",
+    "cosine_contrastive_loss",
+    "bayesian_personalized_ranking_loss",
+    "pairwise_hinge_loss",
+    "sampled_softmax_loss",
+    "dispersive_loss",
+    "cauchy_schwarz_divergence",
+    "conditional_cauchy_schwarz_divergence",
+    "cauchy_schwarz_mutual_information",
+    "cauchy_schwarz_information_bottleneck_loss",
+    "HLGauss",
+    "two_hot_encode",
+    "two_hot_decode",
+    "hl_gauss_loss",
+    "two_hot_loss",
+    "categorical_td_targets",
+    "categorical_distributional_loss",
+    "mean_huber_bellman_error",
+    "mean_absolute_bellman_error",
+    "saddlepoint_bellman_loss",
+    "qrc_huber_loss",
+    "sentence_embedding_regression_loss",
+    "captioning_multitask_loss",
+    "sample_anchors",
+    "anchored_ensemble_loss",
+    "ensemble_predictive_moments",
+    "EnsembleMoments",
+    "mixture_negative_log_likelihood",
+    "autoregressive_rollout",
+    "Rollout",
+    "query_reformulation_loss",
+    "loss_over_loss",
+    "lol_objective",
+    "monotone_score_map",
+    "relevance_filter_loss",
 ]

@@ -18,8 +18,8 @@ from jaxref import losses
 
 ARGUMENTS = {"truncated_poly_loss": {"num_terms": 3}}
 """What a loss cannot be called without."""
-NO_LOSSES = ("fit_temperature", "logit_margin")
-"""What takes logits and labels, too."""
+NO_LOSSES = ("fit_temperature", "logit_margin", "in_batch_negative_similarities")
+"""What takes the arguments of losses, too."""
 SHIFTED = (
     "squentropy",
     "rescaled_square_loss",
@@ -34,6 +34,12 @@ SIGNED = ("label_distributionally_robust_loss",)
 """Losses that can be negative."""
 NEVER_ZERO = ("spherical_z_loss",)
 """Losses whose minimum is above 0."""
+
+
+NOT_ALONE = ("berhu_loss", "signal_decay_loss")
+"""Losses of a prediction that depend on the others, or on its place among them."""
+OF_NO_ERROR = {"poisson_loss": 1.0}
+"""Losses of a prediction of 1 that is right, where that is not 0."""
 
 
 def found(*named):
@@ -57,8 +63,38 @@ def found(*named):
     return chosen
 
 
+def elementwise(name):
+    """Whether a loss of predictions and targets has a value for each of them."""
+    try:
+        return getattr(losses, name)(np.ones((3, 4), "f"), np.ones((3, 4), "f")).shape == (3, 4)
+    except (TypeError, ValueError):
+        return False
+
+
+def of_embeddings():
+    """Losses of a batch of embeddings with integer labels, or of two views, as functions of one
+    array of embeddings."""
+    labels = np.arange(8) % 4
+    chosen = {}
+    for name in losses.__all__:
+        function = getattr(losses, name)
+        asked = inspect.signature(function).parameters if inspect.isfunction(function) else {}
+        needed = [n for n, parameter in asked.items() if parameter.default is parameter.empty]
+        if needed == ["embeddings", "labels"] and name not in NO_LOSSES:
+            chosen[name] = partial(lambda f, x: f(x, labels), function)
+        elif needed == ["view_a", "view_b"]:
+            chosen[name] = partial(lambda f, x: f(x, x[::-1]), function)
+        elif needed == ["image", "text", "log_temperature"]:
+            chosen[name] = partial(lambda f, x: f(x, x[::-1], 1.0), function)
+        elif needed == ["image", "text", "log_temperature", "bias"]:
+            chosen[name] = partial(lambda f, x: f(x, x[::-1], 1.0, -1.0), function)
+    return chosen
+
+
 CLASSIFICATION = found(("logits", "labels"))
 BINARY = found(("logits", "targets"), ("scores", "labels"))
+REGRESSION = {n: f for n, f in found(("predictions", "targets")).items() if elementwise(n)}
+EMBEDDINGS = of_embeddings()
 
 
 def random_batch(shape=(6, 5), seed=0):
@@ -213,3 +249,63 @@ class TestBinary:
             loss(far, np.ones((2, 3)))
         with pytest.raises(ValueError, match="where must broadcast"):
             loss(far, np.ones(3), where=np.ones(4, bool))
+
+
+@pytest.mark.parametrize("name", REGRESSION)
+class TestRegression:
+    def test_masks_types_and_transformations(self, name):
+        loss = REGRESSION[name]
+        rng = np.random.default_rng(0)
+        predictions, targets = rng.uniform(0.5, 3, size=(2, 4, 5)).astype("f")
+        expected, gradient = value_and_gradient(loss, predictions, targets)
+        if name not in NOT_ALONE:
+            mapped = jax.jit(jax.vmap(loss))(predictions, targets)
+            np.testing.assert_allclose(mapped, expected, rtol=1e-5)
+        where = np.arange(5) < 3
+        poisoned = np.where(where, predictions, np.nan).astype("f")
+        lost = np.where(where, targets, np.nan).astype("f")
+        values, masked = value_and_gradient(loss, poisoned, lost, where=where)
+        np.testing.assert_allclose(values, np.where(where, expected, 0), rtol=1e-5)
+        np.testing.assert_allclose(masked, np.where(where, gradient, 0), rtol=1e-5)
+        for dtype in (jnp.bfloat16, jnp.float16):
+            half = jnp.asarray(predictions, dtype)
+            assert loss(half, targets).dtype == dtype
+            full = loss(half.astype(jnp.float32), targets).astype(dtype)
+            np.testing.assert_array_equal(loss(half, targets), full)
+
+    def test_no_error_far_errors_and_bad_input(self, name):
+        loss = REGRESSION[name]
+        ones = np.ones((2, 3), "f")
+        for predictions in (ones, 1e6 * ones):
+            values, gradient = value_and_gradient(loss, predictions, ones)
+            assert np.all(np.isfinite(values))
+            assert np.all(np.isfinite(gradient))
+        least = loss(ones, ones)
+        np.testing.assert_allclose(least, OF_NO_ERROR.get(name, 0), atol=1e-6)
+        if name not in ("bias_error",):
+            assert np.all(loss(1.5 * ones, ones) > least)
+        assert loss(ones[:0], ones[:0]).shape == (0, 3)
+        with pytest.raises(TypeError, match="predictions must have a floating-point type"):
+            loss(ones.astype(int), ones)
+        with pytest.raises(ValueError, match="targets must"):
+            loss(ones, np.ones((3, 3), "f"))
+        with pytest.raises(ValueError, match="where must broadcast"):
+            loss(ones, ones, where=np.ones(4, bool))
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+class TestEmbeddings:
+    def test_types_zero_vectors_and_one_place(self, name):
+        loss = jax.jit(EMBEDDINGS[name])
+        x = np.random.default_rng(0).normal(size=(8, 5)).astype("f")
+        for dtype in (jnp.bfloat16, jnp.float16):
+            half = jnp.asarray(x, dtype)
+            ours = loss(half)
+            assert ours.dtype == dtype
+            full = loss(half.astype(jnp.float32)).astype(dtype)
+            np.testing.assert_array_equal(ours, full)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(EMBEDDINGS[name](x))))
+        some = np.where(np.arange(8)[:, None] < 3, 0, x).astype("f")
+        for place in (some, np.zeros_like(x), np.ones_like(x), 1e12 * x):
+            assert np.all(np.isfinite(loss(place)))
+            assert np.all(np.isfinite(gradient(place)))

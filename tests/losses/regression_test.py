@@ -6,15 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import sklearn.metrics
 from absl.testing import parameterized
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxref import losses, metrics
 
 PEER = np.load(Path(__file__).parents[1] / "oracles" / "survey_losses.npz")
+FORECASTS = np.load(Path(__file__).parents[1] / "oracles" / "forecasting.npz")
 LOSSES = {
     "squared_error": losses.squared_error,
     "absolute_error": losses.absolute_error,
+    "absolute_percentage_error": losses.absolute_percentage_error,
     "huber_loss": losses.huber_loss,
     "log_cosh_loss": losses.log_cosh_loss,
     "quantile_loss": lambda *a, **k: losses.quantile_loss(*a, quantile=0.3, **k),
@@ -79,8 +82,110 @@ class NumbersTest(chex.TestCase):
         expected = sign * np.where(size <= c, 1, size / c)
         np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
+    def test_likelihood_and_both_its_gradients_match_pytorch(self):
+        mean, targets, scale = (
+            FORECASTS[n].astype("f") for n in ("mean", "nll_targets", "nll_scale")
+        )
+
+        @jax.jit
+        def evaluated(mean, scale, where):
+            loss = lambda m, s: losses.gaussian_negative_log_likelihood(
+                m, targets, s, full=True, where=where
+            )
+            value, vjp = jax.vjp(loss, mean, scale)
+            return value, vjp(jnp.ones_like(value))
+
+        value, gradients = evaluated(mean, scale, np.ones(8, bool))
+        np.testing.assert_allclose(value, FORECASTS["nll_value"], rtol=1e-5)
+        for ours, name in zip(gradients, ("mean", "scale")):
+            np.testing.assert_allclose(ours, FORECASTS[f"nll_{name}_gradient"], rtol=1e-4)
+        where = np.arange(8) < 5
+        poisoned = [np.where(where, x, np.nan) for x in (mean, scale)]
+        masked = evaluated(*poisoned, where)
+        for ours, expected in zip(jax.tree.leaves(masked), jax.tree.leaves((value, gradients))):
+            np.testing.assert_allclose(ours, np.where(where, expected, 0), rtol=1e-5)
+        plain = losses.gaussian_negative_log_likelihood(mean[0], targets[0], scale[0])
+        np.testing.assert_allclose(plain, value[0] - np.log(2 * np.pi) / 2, rtol=1e-4)
+
+    def test_percentages_biases_and_quantiles_match_scikit_learn(self):
+        targets, predictions = FORECASTS["targets"], FORECASTS["predictions"]
+        value, gradient = value_and_gradient(
+            jax.jit(losses.absolute_percentage_error), predictions.astype("f"), targets
+        )
+        expected = sklearn.metrics.mean_absolute_percentage_error(targets, predictions)
+        np.testing.assert_allclose(value.mean(), expected, rtol=1e-5)
+        slope = FORECASTS["percentage_gradient"] * 12
+        np.testing.assert_allclose(gradient, slope, rtol=1e-5)
+        error = losses.bias_error(predictions.astype("f"), targets)
+        np.testing.assert_allclose(error, predictions - targets, rtol=1e-4, atol=1e-6)
+        quantiles = np.array([0.1, 0.5, 0.7])
+        several = predictions[:, None] * np.array([0.7, 1.0, 1.2])
+        loss = jax.jit(losses.multi_quantile_loss)(several.astype("f"), targets, quantiles)
+        expected = sum(
+            sklearn.metrics.mean_pinball_loss(targets, several[:, k], alpha=q)
+            for k, q in enumerate(quantiles)
+        )
+        np.testing.assert_allclose(loss.mean(), expected, rtol=1e-5)
+        zero = losses.absolute_percentage_error(jnp.array([0.0, 1.0]), jnp.zeros(2), epsilon=0.5)
+        np.testing.assert_allclose(zero, [0, 2])
+
 
 class TestClaims:
+    @pytest.mark.claim("regression-losses-forecasting-survey")
+    def test_the_fourteen_losses_hang_together(self):
+        """Each is compared with another of them in a limit, on a scale, or at its least value."""
+        y = np.random.default_rng(0).gamma(2.0, size=16).astype("f")
+        close = {"rtol": 2e-5, "atol": 1e-6}
+
+        @jax.jit
+        def fourteen(f, y):
+            relative = metrics.normalized_root_mean_squared_error
+            return {
+                "MAE": losses.absolute_error(f, y).mean(),
+                "MSE": losses.squared_error(f, y).mean(),
+                "MBE": losses.bias_error(f, y).mean(),
+                "RAE": losses.relative_absolute_error(f, y),
+                "RSE": losses.relative_squared_error(f, y),
+                "MAPE": losses.absolute_percentage_error(f, y).mean(),
+                "RMSE": losses.root_mean_squared_error(f, y),
+                "MSLE": losses.squared_log_error(f, y).mean(),
+                "RMSLE": losses.root_mean_squared_log_error(f, y),
+                "NRMSE": jnp.stack([relative(f, y, normalization=n) for n in ("mean", "std")]),
+                "RRMSE": losses.relative_root_mean_squared_error(f, y),
+                "Huber": losses.huber_loss(f, y, delta=1e4).mean(),
+                "Huber of 0": losses.huber_loss(f, y, delta=1e-4).mean() / 1e-4,
+                "log-cosh": losses.log_cosh_loss(f, y).mean(),
+                "quantile": losses.quantile_loss(f, y).mean(),
+            }
+
+        f = (y + np.random.default_rng(1).normal(size=16)).clip(0).astype("f")
+        found, scaled = fourteen(f, y), fourteen(7 * f, 7 * y)
+        equal = lambda a, b: np.testing.assert_allclose(a, b, **close)
+        equal(found["MSE"], found["MBE"] ** 2 + np.var(f - y))
+        equal(found["RMSE"] ** 2, found["MSE"])
+        equal(found["RMSLE"] ** 2, found["MSLE"])
+        equal(found["NRMSE"][1] ** 2, found["RSE"])
+        equal(found["RSE"], 1 - metrics.r2_score(f, y))
+        equal(found["NRMSE"][0], found["RMSE"] / y.mean())
+        equal(found["RRMSE"], found["RMSE"] / np.sqrt(np.mean(f**2)))
+        equal(found["RAE"], found["MAE"] / np.mean(abs(y - y.mean())))
+        equal(found["Huber"], found["MSE"] / 2)
+        np.testing.assert_allclose(found["Huber of 0"], found["MAE"], rtol=1e-3)
+        equal(found["quantile"], found["MAE"] / 2)
+        for name in ("RAE", "RSE", "MAPE", "NRMSE", "RRMSE"):
+            equal(scaled[name], found[name])
+        for name, power in {"MAE": 1, "MSE": 2, "MBE": 1, "RMSE": 1}.items():
+            np.testing.assert_allclose(scaled[name], 7**power * found[name], rtol=1e-4)
+        ratio = fourteen(3 * (1 + f) - 1, 3 * (1 + y) - 1)
+        np.testing.assert_allclose(ratio["MSLE"], found["MSLE"], rtol=1e-4)
+        of_mean = fourteen(np.full(16, y.mean()), y)
+        equal([of_mean["RAE"], of_mean["RSE"], of_mean["NRMSE"][1]], 1)
+        small, large = fourteen(y + 1e-2, y), fourteen(y + 1e4, y)
+        np.testing.assert_allclose(small["log-cosh"], small["MSE"] / 2, rtol=1e-3)
+        np.testing.assert_allclose(large["log-cosh"], large["MAE"] - np.log(2), rtol=1e-6)
+        exact = fourteen(y, y)
+        assert all(np.all(value == 0) for value in exact.values())
+
     @pytest.mark.claim("losses-and-metrics-survey")
     def test_the_losses_are_each_others_limits(self):
         """The identities by which the survey's losses hang together."""
@@ -186,8 +291,9 @@ class TestContract:
     ("loss", "arguments", "message"),
     [
         (losses.huber_loss, {"delta": 0.0}, "delta must be in"),
-        (losses.quantile_loss, {"quantile": 1.5}, "quantile must be in"),
-        (losses.quantile_loss, {"quantile": np.ones(4)}, "quantile must broadcast"),
+        (losses.absolute_percentage_error, {"epsilon": 0.0}, "epsilon must be in"),
+        (losses.quantile_loss, {"quantile": 1.0}, "quantile must be in"),
+        (losses.quantile_loss, {"quantile": np.full(4, 0.5)}, "quantile must broadcast"),
         (losses.smooth_l1_loss, {"beta": -1.0}, "beta must be in"),
         (losses.balanced_l1_loss, {"alpha": 0.0}, "alpha must be in"),
         (losses.wing_loss, {"curvature": 0.0}, "curvature must be in"),
@@ -197,6 +303,25 @@ class TestContract:
 def test_hyperparameters_out_of_range_raise(loss, arguments, message):
     with pytest.raises(ValueError, match=message):
         loss(*batch(), **arguments)
+
+
+def test_bad_input_of_several_quantiles_and_of_scales_is_named():
+    predictions, targets = batch((4, 3))
+    loss = losses.multi_quantile_loss
+    for quantiles in ([0.0, 0.5, 0.9], [0.1, 0.5, 1.5]):
+        with pytest.raises(ValueError, match=r"quantiles must be in \(0, 1\)"):
+            loss(predictions, targets[:, 0], quantiles)
+    with pytest.raises(ValueError, match=r"quantiles must have shape \(3,\)"):
+        loss(predictions, targets[:, 0], [0.5])
+    with pytest.raises(ValueError, match=r"targets must have shape \(4,\)"):
+        loss(predictions, targets, [0.1, 0.5, 0.9])
+    with pytest.raises(TypeError, match="predictions must have a floating-point type"):
+        loss(predictions.astype(int), targets[:, 0], [0.1, 0.5, 0.9])
+    loss = losses.gaussian_negative_log_likelihood
+    with pytest.raises(ValueError, match="min_variance must be in"):
+        loss(predictions, targets, 1.0, min_variance=0.0)
+    with pytest.raises(ValueError, match="scale must broadcast"):
+        loss(predictions, targets, np.ones(2))
 
 
 def test_poisson_edges():

@@ -105,7 +105,15 @@ class TestSearch:
 
     @pytest.mark.parametrize(
         "word",
-        ["polyloss", "POLYNOMIAL", "2204.12511", "arXiv:2204", "poly1_focal", "leng et", "1 + ε"],
+        [
+            "polyloss",
+            "POLYNOMIAL",
+            "2204.12511",
+            "arXiv:2204.125",
+            "poly1_focal",
+            "leng et",
+            "1 + ε",
+        ],
     )
     def test_every_part_of_an_entry_is_found(self, word):
         assert "polyloss" in self.found(word)
