@@ -671,6 +671,7 @@ from checkpoints_test import *
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(jaxref.__file__).parents[1]),
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",  # as in conftest.py
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }

@@ -203,7 +203,7 @@ class TestAgreement:
 ENVIRONMENT = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",  # as in conftest.py
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

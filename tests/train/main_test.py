@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",  # as in conftest.py
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
