@@ -34,6 +34,17 @@ from jaxref.analysis.dynamics.training_stability import (
     max_attention_logit,
 )
 from jaxref.analysis.landscape.logit_sharpness import logit_sharpness
+from jaxref.analysis.representations.contrast import (
+    penalty_entropy,
+    relative_penalty,
+    tolerance,
+    uniformity,
+)
+from jaxref.analysis.representations.dependency import (
+    WassersteinDependency,
+    exact_wasserstein_dependency,
+    mutual_information,
+)
 from jaxref.analysis.representations.similarity import angular_distance
 from jaxref.analysis.scaling_laws.intersection import ScalingIntersection, scaling_intersection
 
@@ -66,4 +77,11 @@ __all__ = [
     "loss_spike_score",
     "divergence_rate",
     "logit_sharpness",
+    "WassersteinDependency",
+    "exact_wasserstein_dependency",
+    "mutual_information",
+    "relative_penalty",
+    "penalty_entropy",
+    "uniformity",
+    "tolerance",
 ]

@@ -39,3 +39,12 @@ def relative_expm1(x: ArrayLike) -> Array:
     low = jnp.expm1(jnp.minimum(away, 1.0))
     ratio = jnp.where(away < 1, low, linear_tail_exp(away) - 1) / away
     return jnp.where(small, 1 + x / 2 + jnp.square(x) / 6, ratio)
+
+
+def log_blend(log_old: Array, log_new: Array, share: ArrayLike) -> Array:
+    """log of (1 - share) old + share new, of logarithms that may be -inf.
+
+    >>> print(jnp.exp(log_blend(jnp.log(2.0), jnp.log(6.0), 0.25)).round(4))
+    3.0
+    """
+    return jnp.logaddexp(jnp.log1p(-jnp.float32(share)) + log_old, jnp.log(share) + log_new)

@@ -2,6 +2,10 @@
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxref.core.checks import check_floating, check_shape
+from jaxref.core.numerics import compute_dtype
 
 
 def unit_vectors(x: Array) -> Array:
@@ -29,3 +33,28 @@ def safe_sqrt(x: Array) -> Array:
     """√x, with gradient 0 where x is 0: distances from their squares."""
     is_zero = x == 0
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, x)))
+
+
+def embedding_pair(*, normalize: bool = True, **embeddings: ArrayLike) -> tuple[Array, Array]:
+    """Two `[batch, features]` that belong together, in at least float32, at length 1 if wanted.
+
+    Args:
+      normalize: whether to bring the vectors to length 1.
+      **embeddings: the two, by the names of the arguments.
+
+    Raises:
+      ValueError: shapes that do not match.
+      TypeError: embeddings that are not floating point.
+
+    >>> print(*embedding_pair(view_a=jnp.array([[3.0, 0.0]]), view_b=jnp.array([[0.0, 2.0]])))
+    [[1. 0.]] [[0. 1.]]
+    """
+    check_floating(**embeddings)
+    first, second = embeddings.values()
+    if jnp.ndim(first) != 2:
+        name = next(iter(embeddings))
+        raise ValueError(f"{name} must have shape [batch, features], got {jnp.shape(first)}")
+    check_shape(jnp.shape(first), **embeddings)
+    dtype = compute_dtype(first, second)
+    x, y = (jnp.asarray(vectors).astype(dtype) for vectors in (first, second))
+    return (unit_vectors(x), unit_vectors(y)) if normalize else (x, y)

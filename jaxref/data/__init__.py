@@ -1,10 +1,13 @@
 """Data: what is trained on, made or changed, as pure functions with explicit keys."""
 
 from jaxref.data.audio import channel_swap, spec_augment_mask
+from jaxref.data.co_teaching import co_teaching_losses, co_teaching_select, forget_rate_schedule
 from jaxref.data.folds import stratified_k_fold
+from jaxref.data.hard_negatives import hard_negative_tuple_indices
 from jaxref.data.in_context import InContextPrompts, linear_regression_prompts
 from jaxref.data.point_clouds import boundary_mask
 from jaxref.data.shortcuts import two_moons_shortcut
+from jaxref.data.stratified import stratified_batches
 from jaxref.data.tokenization import (
     Segmentation,
     build_subword_vocabulary,
@@ -22,4 +25,9 @@ __all__ = [
     "two_moons_shortcut",
     "spec_augment_mask",
     "channel_swap",
+    "stratified_batches",
+    "forget_rate_schedule",
+    "co_teaching_select",
+    "co_teaching_losses",
+    "hard_negative_tuple_indices",
 ]

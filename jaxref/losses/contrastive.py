@@ -18,9 +18,8 @@ from jaxref.core.checks import (
     check_interval,
     check_shape,
 )
-from jaxref.core.numerics import compute_dtype
 from jaxref.core.shards import AxisName
-from jaxref.core.vectors import unit_vectors
+from jaxref.core.vectors import embedding_pair
 from jaxref.parallel.ring import reduce_pairs
 
 
@@ -122,7 +121,7 @@ def sigmoid_contrastive_loss(
     Reference: Zhai, Mustafa, Kolesnikov, Beyer, "Sigmoid Loss for Language Image Pre-Training",
     2023, arXiv:2303.15343.
     """
-    x, y = _pair(image=image, text=text, normalize=normalize)
+    x, y = embedding_pair(image=image, text=text, normalize=normalize)
     check_shape((), log_temperature=log_temperature, bias=bias)
     texts = len(y) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     masks = {"positive_mask": positive_mask, "where": where}
@@ -183,7 +182,7 @@ def softmax_contrastive_loss(
     Image Pre-Training", 2023, arXiv:2303.15343, compare with; it is of Radford et al., "Learning
     Transferable Visual Models From Natural Language Supervision", 2021, arXiv:2103.00020.
     """
-    x, y = _pair(image=image, text=text, normalize=normalize)
+    x, y = embedding_pair(image=image, text=text, normalize=normalize)
     check_shape((), log_temperature=log_temperature)
     scale = jnp.exp(jnp.asarray(log_temperature, x.dtype))
     positive = scale * jnp.sum(x * y, axis=-1)
@@ -244,7 +243,7 @@ def nt_xent_loss(
     "ScatSimCLR: self-supervised contrastive learning with pretext task regularization for
     small-scale datasets", 2021, arXiv:2108.13939.
     """
-    a, b = _pair(view_a=view_a, view_b=view_b, normalize=True)
+    a, b = embedding_pair(view_a=view_a, view_b=view_b, normalize=True)
     check_interval(0, jnp.inf, closed="right", temperature=temperature)
     z = jnp.concatenate([a, b])
     positive = jnp.tile(jnp.sum(a * b, axis=-1), 2)
@@ -355,16 +354,3 @@ def _others_block(
 def _same_place(block: Array, first_row: Array | int, first_column: Array | int) -> Array:
     row, column = (jnp.arange(size) for size in block.shape)
     return (first_row + row)[:, None] == first_column + column
-
-
-def _pair(*, normalize: bool, **embeddings: ArrayLike) -> list[Array]:
-    """Two `[batch, features]` that belong together, in at least float32, at length 1 if wanted."""
-    check_floating(**embeddings)
-    first, second = embeddings.values()
-    if jnp.ndim(first) != 2:
-        name = next(iter(embeddings))
-        raise ValueError(f"{name} must have shape [batch, features], got {jnp.shape(first)}")
-    check_shape(jnp.shape(first), **embeddings)
-    dtype = compute_dtype(first, second)
-    wide = [jnp.asarray(x).astype(dtype) for x in embeddings.values()]
-    return [unit_vectors(x) for x in wide] if normalize else wide

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxref.core.binary_labels import split_by_label
 from jaxref.core.checks import check_interval, check_shape
+from jaxref.core.exponential import log_blend
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.reductions import masked_logsumexp
 from jaxref.core.shards import AxisName, all_shards, sum_over_shards
@@ -154,7 +155,7 @@ def two_way_partial_auc_loss(
     )
     power = temperature_negative / temperature_positive
     log_mean = pairs.log_mean_over_positives(power * log_u)
-    log_w = jnp.where(pairs.exist, _log_blend(state.log_w, log_mean, decay_outer), state.log_w)
+    log_w = jnp.where(pairs.exist, log_blend(state.log_w, log_mean, decay_outer), state.log_w)
     log_weights = (power - 1) * log_u[:, None] + pairs.log_e - log_w
     loss = pairs.weighted_mean(log_weights, -jnp.log(decay_inner) - jnp.log(decay_outer))
     state = state._replace(log_w=jax.lax.stop_gradient(log_w).astype(state.log_w.dtype))
@@ -314,7 +315,7 @@ def _advance(
     before = state.log_u.at[indices].get(
         mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
     )
-    log_u = jnp.where(positive & pairs.exist, _log_blend(before, log_mean, decay), 0.0)
+    log_u = jnp.where(positive & pairs.exist, log_blend(before, log_mean, decay), 0.0)
     # Written by what all shards know alike, so that the state stays the same on each.
     written = pairs.is_positive & pairs.exist
     rows = jnp.where(written, _replicated(indices, axis_name), len(state.log_u))
@@ -324,11 +325,6 @@ def _advance(
         wrap_negative_indices=False,
     )
     return pairs, log_u, state._replace(log_u=advanced)
-
-
-def _log_blend(log_old: Array, log_new: Array, share: ArrayLike) -> Array:
-    """log of (1 - share) old + share new, of logarithms that may be -inf."""
-    return jnp.logaddexp(jnp.log1p(-jnp.float32(share)) + log_old, jnp.log(share) + log_new)
 
 
 def _replicated(values: Array, axis_name: AxisName | None) -> Array:

@@ -31,7 +31,7 @@ from jaxref.metrics.depth import (
     depth_accuracy,
     human_disagreement_rate,
     log10_error,
-    root_mean_squared_log_error,
+    root_mean_squared_log_depth_error,
 )
 from jaxref.metrics.detection import (
     box_overlaps,
@@ -40,6 +40,12 @@ from jaxref.metrics.detection import (
     panoptic_quality,
 )
 from jaxref.metrics.ensemble import ensemble_probability, video_probability
+from jaxref.metrics.forecasting import (
+    InvestmentMetrics,
+    investment_metrics,
+    mean_absolute_scaled_error,
+    weighted_quantile_loss,
+)
 from jaxref.metrics.image import (
     frechet_distance,
     inception_score,
@@ -48,6 +54,7 @@ from jaxref.metrics.image import (
     structural_similarity_map,
 )
 from jaxref.metrics.language import normalised_perplexity, steps_for_compute_class
+from jaxref.metrics.out_of_distribution import knn_anomaly_score
 from jaxref.metrics.ranking import (
     ImbalanceFactors,
     area_over_curve,
@@ -62,7 +69,11 @@ from jaxref.metrics.ranking import (
 )
 from jaxref.metrics.regression import (
     mean_absolute_percentage_error,
+    normalized_root_mean_squared_error,
     r2_score,
+    relative_absolute_error,
+    relative_root_mean_squared_error,
+    relative_squared_error,
     root_mean_squared_error,
     symmetric_mean_absolute_percentage_error,
 )
@@ -87,6 +98,18 @@ from jaxref.metrics.text import (
     rouge,
     token_error_rate,
 )
+from jaxref.metrics.top_k import (
+    ndcg_at_k,
+    precision_at_recall,
+    precision_recall_auc,
+    recall_at_k,
+    threshold_at_recall,
+)
+from jaxref.metrics.verification import (
+    class_utility_curves,
+    epsilon_opis,
+    operating_point_inconsistency_score,
+)
 
 __all__ = [
     "normalised_perplexity",
@@ -108,7 +131,7 @@ __all__ = [
     "symmetric_mean_absolute_percentage_error",
     "r2_score",
     "absolute_relative_error",
-    "root_mean_squared_log_error",
+    "root_mean_squared_log_depth_error",
     "log10_error",
     "depth_accuracy",
     "human_disagreement_rate",
@@ -159,4 +182,21 @@ __all__ = [
     "simpsons_bias",
     "bleu_statistics",
     "bleu_from_statistics",
+    "knn_anomaly_score",
+    "InvestmentMetrics",
+    "investment_metrics",
+    "mean_absolute_scaled_error",
+    "weighted_quantile_loss",
+    "relative_absolute_error",
+    "relative_squared_error",
+    "normalized_root_mean_squared_error",
+    "relative_root_mean_squared_error",
+    "class_utility_curves",
+    "epsilon_opis",
+    "operating_point_inconsistency_score",
+    "ndcg_at_k",
+    "recall_at_k",
+    "threshold_at_recall",
+    "precision_at_recall",
+    "precision_recall_auc",
 ]

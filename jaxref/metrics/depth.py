@@ -52,7 +52,7 @@ def absolute_relative_error(
     return masked_mean(error, axis=MAP, where=where).astype(jnp.result_type(predictions))
 
 
-def root_mean_squared_log_error(
+def root_mean_squared_log_depth_error(
     predictions: ArrayLike, targets: ArrayLike, *, where: ArrayLike | None = None
 ) -> Array:
     r"""The root of the mean squared error of log depth (RMSE log).
@@ -74,7 +74,7 @@ def root_mean_squared_log_error(
     Use it where a factor matters and not a difference; `log10_error` weighs outliers less.
 
     Example:
-      >>> print(root_mean_squared_log_error(jnp.array([[2.0, 1.0]]), jnp.array([[1.0, 2.0]])))
+      >>> print(root_mean_squared_log_depth_error(jnp.array([[2.0, 1.0]]), jnp.array([[1.0, 2.0]])))
       0.6931
 
     Reference: Terven, Cordova-Esparza, Ramirez-Pedraza, Chavez-Urbiola, Romero-Gonzalez, "Loss
@@ -105,7 +105,7 @@ def log10_error(
       ValueError: shapes that do not match.
       TypeError: predictions that are not floating point.
 
-    Use it as benchmarks of indoor depth do; `root_mean_squared_log_error` is theirs of roads.
+    Use it as benchmarks of indoor depth do; `root_mean_squared_log_depth_error` is theirs of roads.
 
     Example:
       >>> print(log10_error(jnp.array([[10.0, 1.0]]), jnp.array([[1.0, 1.0]])))

@@ -1,5 +1,12 @@
 """flax.nnx models built from `jaxref.nn`."""
 
+from jaxref.models.card import (
+    CARD,
+    CARDConfig,
+    dynamic_projection,
+    exponential_moving_average,
+    token_blend,
+)
 from jaxref.models.cct import (
     CompactConvolutionalTransformer,
     CompactConvolutionalTransformerConfig,
@@ -35,8 +42,23 @@ from jaxref.models.conversions import (
 from jaxref.models.generation import generate, sample_tokens
 from jaxref.models.gpt2 import gpt2_config, load_gpt2, save_safetensors
 from jaxref.models.growth import grow_transformer, pad_kernel, rescale_norm_for_padding
+from jaxref.models.nbeats import NBEATS, NBEATSConfig
 from jaxref.models.nf_resnet import NFResNet, NFResNetConfig
 from jaxref.models.resnet import ResNet, ResNetConfig
+from jaxref.models.scatsimclr import (
+    PretextHead,
+    ScatSimCLR,
+    ScatSimCLRConfig,
+    jigsaw_permutations,
+    jigsaw_pretext,
+    rotation_pretext,
+    scatsimclr_loss,
+)
+from jaxref.models.time_series_transformer import (
+    TimeSeriesTransformer,
+    TimeSeriesTransformerConfig,
+    class_activation_map,
+)
 from jaxref.models.tinynet import TinyNet, TinyNetConfig, tinynet_config
 from jaxref.models.tokenizers import ConvTokenizer, TextTokenizer
 from jaxref.models.transformer import GenerationCache, Transformer, TransformerConfig
@@ -95,4 +117,21 @@ __all__ = [
     "fit_tiny_formula",
     "scale_channels",
     "efficientnet_b0_flops",
+    "NBEATS",
+    "NBEATSConfig",
+    "CARD",
+    "CARDConfig",
+    "exponential_moving_average",
+    "dynamic_projection",
+    "token_blend",
+    "TimeSeriesTransformer",
+    "TimeSeriesTransformerConfig",
+    "class_activation_map",
+    "ScatSimCLR",
+    "ScatSimCLRConfig",
+    "PretextHead",
+    "rotation_pretext",
+    "jigsaw_pretext",
+    "jigsaw_permutations",
+    "scatsimclr_loss",
 ]

@@ -7,9 +7,18 @@ from jaxref.nn.activations import (
     entropy_correction,
     worst_activation,
 )
+from jaxref.nn.adapter_integration import (
+    IntegratorParam,
+    LoRALinear,
+    XCrossEncoder,
+    count_parameters,
+    cross_model_integrate,
+    stack_adapters,
+)
 from jaxref.nn.attention import MultiHeadAttention
 from jaxref.nn.bit_linear import BitLinear
 from jaxref.nn.calibration import called_linears, collect_hessians, collect_inputs
+from jaxref.nn.concept_bottleneck import ConceptBottleneck, concept_matrix, concept_matrix_search
 from jaxref.nn.conv import (
     Conv,
     ScaledWeightStandardizedConv,
@@ -19,6 +28,7 @@ from jaxref.nn.conv import (
 from jaxref.nn.convex import (
     InputConvexNetwork,
 )
+from jaxref.nn.dual_head import DualHeadClassifier
 from jaxref.nn.generalized_mean import (
     MultipletLayer,
     gini_mean,
@@ -54,6 +64,15 @@ from jaxref.nn.mixture_of_experts import (
     top_k_router,
 )
 from jaxref.nn.mlp import MLP, ScaledFusedMLP
+from jaxref.nn.nested_dropout import (
+    BiasVariance,
+    Truncation,
+    best_truncation,
+    bias_variance_of_predictions,
+    nested_dropout,
+    nested_dropout_distribution,
+    nested_logits,
+)
 from jaxref.nn.normalization import Norm
 from jaxref.nn.parameter_attention import ParameterAttention
 from jaxref.nn.point_grid import PointGridBlock
@@ -64,6 +83,7 @@ from jaxref.nn.quantized_linear import (
     quantize_linears,
 )
 from jaxref.nn.quasi_lstm import QuasiLSTM, QuasiLSTMBlock, quasi_lstm
+from jaxref.nn.recommendation import BehaviorAggregationParams, SimpleX, behavior_aggregation
 from jaxref.nn.recurrent import (
     LayerNormGRUCell,
     LayerNormGRUParams,
@@ -81,6 +101,14 @@ from jaxref.nn.reparametrized import (
     WeightNormalizedLinear,
     WeightStandardizedLinear,
 )
+from jaxref.nn.retrieval import CosineAdapter, DenseQuery, sparse_query_vector
+from jaxref.nn.scattering import (
+    MorletFilters,
+    morlet_filter_bank,
+    scattering_channels,
+    scattering_transform,
+)
+from jaxref.nn.sentence_embedding import SentenceEmbeddingHead
 from jaxref.nn.stable_embedding import StableEmbedding
 from jaxref.nn.static_mixing import CausalActivation
 from jaxref.nn.test_time import AlphaBatchNorm, UnMixNorm
@@ -170,4 +198,32 @@ __all__ = [
     "collect_inputs",
     "called_linears",
     "ReducedPrecisionLinear",
+    "ConceptBottleneck",
+    "concept_matrix",
+    "concept_matrix_search",
+    "DualHeadClassifier",
+    "IntegratorParam",
+    "LoRALinear",
+    "XCrossEncoder",
+    "count_parameters",
+    "cross_model_integrate",
+    "stack_adapters",
+    "SimpleX",
+    "behavior_aggregation",
+    "BehaviorAggregationParams",
+    "Truncation",
+    "BiasVariance",
+    "nested_dropout_distribution",
+    "nested_dropout",
+    "nested_logits",
+    "best_truncation",
+    "bias_variance_of_predictions",
+    "SentenceEmbeddingHead",
+    "MorletFilters",
+    "morlet_filter_bank",
+    "scattering_channels",
+    "scattering_transform",
+    "CosineAdapter",
+    "DenseQuery",
+    "sparse_query_vector",
 ]

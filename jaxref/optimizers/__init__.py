@@ -53,6 +53,7 @@ from jaxref.optimizers.error_feedback_theory import clone_counts, ef21_step_size
 from jaxref.optimizers.exadam import exadam, scale_by_exadam
 from jaxref.optimizers.fisher_newton import FisherNewtonState, fisher_newton
 from jaxref.optimizers.frugal import ScaleByFrugalState, frugal, scale_by_frugal
+from jaxref.optimizers.gradient_alignment import align_gradients
 from jaxref.optimizers.gradient_noise import gradient_noise_weights
 from jaxref.optimizers.gradient_regularized_newton import (
     NewtonResult,
@@ -296,4 +297,5 @@ __all__ = [
     "regularized_evolution",
     "EvolutionResult",
     "funnel_selection",
+    "align_gradients",
 ]

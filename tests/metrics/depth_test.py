@@ -7,7 +7,9 @@ from jaxref import metrics
 
 LITERAL = {
     "absolute_relative_error": lambda p, t: np.mean(abs(p - t) / t),
-    "root_mean_squared_log_error": lambda p, t: np.sqrt(np.mean((np.log(p) - np.log(t)) ** 2)),
+    "root_mean_squared_log_depth_error": lambda p, t: np.sqrt(
+        np.mean((np.log(p) - np.log(t)) ** 2)
+    ),
     "log10_error": lambda p, t: np.mean(abs(np.log10(p) - np.log10(t))),
     "depth_accuracy": lambda p, t: np.mean(np.maximum(p / t, t / p) < 1.25),
 }
