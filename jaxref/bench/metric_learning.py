@@ -67,9 +67,9 @@ LOSSES = {
 
 
 def run(*, quick: bool = False, repeats: int = 20) -> Iterator[Measurement]:
-    """Batches of 256 and 1024 embeddings of 128 features; 1000 classes where they have weights."""
+    """Batches of 256 and 512 embeddings of 128 features; 1000 classes where they have weights."""
     peers = optional_peer("pytorch_metric_learning.losses")
-    for batch in (16,) if quick else (256, 1024):
+    for batch in (16,) if quick else (256, 512):
         features, classes = (8, 5) if quick else (128, 1000)
         rng = np.random.default_rng(0)
         embeddings = rng.normal(size=(batch, features)).astype(np.float32)
