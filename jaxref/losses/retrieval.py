@@ -223,7 +223,9 @@ def contrastive_retrieval_loss(
     Reference: Sheikholeslami, Hosseini, Bechard, Daruru, Rajeswar, "Optimizing What Matters:
     AUC-Driven Learning for Robust Neural Retrieval", 2025, arXiv:2510.00137; InfoNCE is of van den
     Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", 2018,
-    arXiv:1807.03748.
+    arXiv:1807.03748; |P| times it, for |P| relevant documents, is the multi-label softmax loss that
+    Gupta, Khatri, Rawat, Bhojanapalli, Jain, Dhillon, "Dual-Encoders for Extreme Multi-Label
+    Classification", 2023, arXiv:2310.10636, start from.
     """
     check_interval(0, jnp.inf, closed="right", temperature=temperature)
     positive, _ = split_by_label(scores, where, positive_mask=positive_mask)

@@ -12,8 +12,9 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxref.core.checks import check_interval
+from jaxref.losses import stack_alignment_loss
 from jaxref.models.series import check_series, check_series_config
-from jaxref.nn import Linear
+from jaxref.nn import AuxiliaryLoss, Linear
 from jaxref.parallel import constrain
 
 STACKS = ("generic", "trend", "seasonality")
@@ -39,6 +40,9 @@ class NBEATSConfig:
       harmonics: how finely the seasons' frequencies are spaced: in steps of 1 / harmonics periods
         a horizon.
       activation: of the layers.
+      alignment: at least 0, the weight of `jaxref.losses.stack_alignment_loss` in training, with
+        each channel a domain; in the paper 0.3 to 1. It trains the layers before the features
+        alone. Default 0.
       dtype, param_dtype: types to compute in (None: the parameters') and of the parameters.
 
     Raises:
@@ -56,6 +60,7 @@ class NBEATSConfig:
     degree: int = 2
     harmonics: int = 2
     activation: Callable[[Array], Array] = jax.nn.relu
+    alignment: float = 0.0
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
@@ -71,7 +76,7 @@ class NBEATSConfig:
 
     def __post_init__(self):
         check_series_config(self, sizes=("num_blocks", "num_layers", "features", "harmonics"))
-        check_interval(0, jnp.inf, degree=self.degree)
+        check_interval(0, jnp.inf, degree=self.degree, alignment=self.alignment)
         if not self.stacks or not set(self.stacks) <= set(STACKS):
             raise ValueError(f"stacks must be some of {STACKS}, got {self.stacks!r}")
         if len(self.widths()) != len(self.stacks):
@@ -101,10 +106,15 @@ class NBEATS(nnx.Module):
     Raises:
       ValueError: when called, inputs of another shape.
 
+    Attributes:
+      alignment_loss: where `config.alignment` is above 0, an `AuxiliaryLoss`, what the newest call
+        in training owes.
+      deterministic: whether this is evaluation. Initially False.
+
     Every channel is a series by itself, with the same parameters. Standardise series of different
-    scales beforehand. Use it on single series, and with `forecast_with_features` and
-    `jaxref.losses.stack_alignment_loss` where it is to forecast in domains that it has not seen;
-    `CARD` reads several channels together.
+    scales beforehand. Use it on single series, and with `config.alignment`, or
+    `forecast_with_features` and `jaxref.losses.stack_alignment_loss`, where it is to forecast in
+    domains that it has not seen; `CARD` reads several channels together.
 
     Example:
       >>> config = NBEATSConfig(context_length=20, horizon=4)
@@ -126,6 +136,9 @@ class NBEATS(nnx.Module):
             nnx.List(_Block(config, kind, width, rngs) for _ in range(count))
             for kind, width in zip(config.stacks, config.widths())
         )
+        if config.alignment > 0:
+            self.alignment_loss = AuxiliaryLoss(jnp.zeros((), jnp.float32), axes=())
+        self.deterministic = False
 
     def __call__(self, inputs: ArrayLike, *, key: Array | None = None) -> Array:
         """The forecast `[batch, horizon, channels]`, in at least float32.
@@ -139,7 +152,10 @@ class NBEATS(nnx.Module):
           TypeError: inputs that are not floating point.
         """
         del key
-        return self.forecast_with_features(inputs)[0]
+        parts = self.decompose(inputs)
+        if self.config.alignment > 0 and not self.deterministic:
+            self.alignment_loss[...] = self.config.alignment * self._distance_of_channels(parts)
+        return parts["level"] + sum(parts["forecasts"])
 
     def forecast_with_features(self, inputs: ArrayLike) -> tuple[Array, tuple[Array, ...]]:
         """The forecast and, of each stack, the features of its last block.
@@ -149,8 +165,8 @@ class NBEATS(nnx.Module):
         (`nnx.PathContains("layers")`), and the loss of the forecast everything.
         """
         parts = self.decompose(inputs)
-        last = slice(self.config.num_blocks - 1, None, self.config.num_blocks)
-        return parts["level"] + sum(parts["forecasts"]), tuple(parts["features"][last])
+        features = tuple(parts["features"][self._last_blocks()])
+        return parts["level"] + sum(parts["forecasts"]), features
 
     def decompose(self, inputs: ArrayLike) -> dict[str, Any]:
         """What the forecast is made of.
@@ -158,21 +174,38 @@ class NBEATS(nnx.Module):
         Returns:
           A dictionary: `level` `[batch, 1, channels]`, the window's last value; by block,
           `forecasts` `[batch, horizon, channels]`, `backcasts` `[batch, context_length, channels]`
-          (the newest step last, as in the inputs) and `features` `[batch, channels, width]`; and
-          what the blocks leave of the window as `residual`.
+          (the newest step last, as in the inputs), `features` `[batch, channels, width]` and what
+          the block was given as `residuals` `[batch, channels, context_length]`, which run
+          backwards; and what the blocks leave of the window as `residual`.
         """
         inputs = check_series(inputs, self.config)
         level = inputs[:, -1:].astype(self._dtype())
         residual = jnp.swapaxes(inputs[:, ::-1], 1, 2).astype(self._dtype())
-        parts: dict[str, Any] = {"level": level, "forecasts": [], "backcasts": [], "features": []}
+        parts: dict[str, Any] = {"level": level}
+        parts |= {name: [] for name in ("forecasts", "backcasts", "features", "residuals")}
         for stack in self.stacks:
             for i in range(self.config.num_blocks):
+                parts["residuals"].append(residual)
                 backcast, forecast, features = stack[i % len(stack)](residual)
                 residual = constrain(residual - backcast, "batch", None, None)
                 parts["backcasts"].append(jnp.swapaxes(backcast, 1, 2)[:, ::-1])
                 parts["forecasts"].append(jnp.swapaxes(forecast, 1, 2))
                 parts["features"].append(features)
         return parts | {"residual": jnp.swapaxes(residual, 1, 2)[:, ::-1]}
+
+    def _last_blocks(self) -> slice:
+        """Which of all blocks are the last of their stacks."""
+        return slice(self.config.num_blocks - 1, None, self.config.num_blocks)
+
+    def _distance_of_channels(self, parts: dict[str, Any]) -> Array:
+        """How far the channels' features are apart, as a function of their layers alone."""
+        features = [
+            jnp.swapaxes(stack[-1].features(jax.lax.stop_gradient(residual)), 0, 1)
+            for stack, residual in zip(self.stacks, parts["residuals"][self._last_blocks()])
+        ]
+        channels = len(features[0])
+        distance = stack_alignment_loss(features, np.arange(channels), num_domains=channels)
+        return distance.astype(jnp.float32)
 
     def _dtype(self) -> DTypeLike:
         """The type of residuals and forecasts, which are sums of many terms."""
@@ -201,9 +234,7 @@ class _Block(nnx.Module):
     def __call__(self, residual: Array) -> tuple[Array, Array, Array]:
         """`[..., context_length]`, `[..., horizon]` and `[..., width]` of `[..., context_length]`,
         which runs backwards."""
-        features = residual
-        for layer in self.layers:
-            features = self.config.activation(layer(features))
+        features = self.features(residual)
         theta = self.coefficients(features).astype(residual.dtype)
         parts = jnp.split(theta, _coefficients(self.config, self.kind)[:1], axis=-1)
         backcast, forecast = (
@@ -211,6 +242,13 @@ class _Block(nnx.Module):
             for part, basis in zip(parts, _bases(self.config, self.kind))
         )
         return backcast, forecast, features
+
+    def features(self, residual: Array) -> Array:
+        """`[..., width]` of `[..., context_length]`, which runs backwards."""
+        features = residual
+        for layer in self.layers:
+            features = self.config.activation(layer(features))
+        return features
 
 
 def _coefficients(config: NBEATSConfig, kind: str) -> list[int]:

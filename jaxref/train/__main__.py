@@ -21,7 +21,8 @@ Configuration
                                models model.conv; and for methods that have them (sam, ef21, ...)
                                optimizer.base and optimizer.compressor.
   --config.data.name=SOURCE    of text: python_stdlib, text:GLOB, tokens:FILE (uint16, uint32 ids);
-                               of images: digits, images:DIR (idx files, as of MNIST);
+                               of images: digits, images:DIR (idx files, as of MNIST), with
+                               data.as_series=True read row by row;
                                of series: seasons, series:FILE (commas between numbers, a line for
                                each step); also data.context_length, data.horizon, data.period
   --config.sample.prompt=TEXT  what a sample continues; also sample.length, and how it is drawn:

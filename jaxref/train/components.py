@@ -35,7 +35,9 @@ def kind_of_data(sizes: dict[str, Any]) -> str:
     """What the data are whose sizes these are."""
     if "vocab_size" in sizes:
         return "text"
-    return "images" if "image_shape" in sizes else "series"
+    if "image_shape" in sizes:
+        return "images"
+    return "series" if "horizon" in sizes else "series with labels"
 
 
 def check_loss(config: ConfigDict, model: Any, sizes: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ class ImageSet(NamedTuple):
       validation_images, validation_labels: the held-out ones, likewise.
       num_classes: number of classes.
       description: where the images come from, in a few words.
+      as_series: whether a model is given each image as a series `[height, width * channels]`, the
+        rows of pixels one after the other.
 
     The methods are those of `jaxref.train.data.Corpus`.
     """
@@ -37,6 +39,7 @@ class ImageSet(NamedTuple):
     validation_labels: np.ndarray
     num_classes: int
     description: str
+    as_series: bool = False
 
     @property
     def measure(self) -> str:
@@ -47,10 +50,15 @@ class ImageSet(NamedTuple):
         """What the program has to know of the data."""
         del config
         return {
-            "image_shape": self.train_images.shape[1:],
+            "series_shape" if self.as_series else "image_shape": self.inputs(slice(1)).shape[1:],
             "num_classes": self.num_classes,
             "num_examples": len(self.train_labels),
         }
+
+    def inputs(self, ids: np.ndarray | slice, *, held_out: bool = False) -> np.ndarray:
+        """What a model reads of these images."""
+        images = (self.validation_images if held_out else self.train_images)[ids]
+        return images.reshape(*images.shape[:2], -1) if self.as_series else images
 
     def summary(self) -> str:
         """The data in a line."""
@@ -58,6 +66,8 @@ class ImageSet(NamedTuple):
         return (
             f"{self.description}; {len(self.train_labels):,} images of {height} x {width} x "
             f"{channels} to train on, {len(self.validation_labels):,} held out"
+            + ", read row by row"
+            * self.as_series
         )
 
     def per_step(self, config: ConfigDict) -> tuple[int, str]:
@@ -70,7 +80,7 @@ class ImageSet(NamedTuple):
         """The endless training batches, or of each only these rows."""
 
         def gather(ids: np.ndarray) -> Batch:
-            return {"inputs": self.train_images[ids], "targets": self.train_labels[ids]}
+            return {"inputs": self.inputs(ids), "targets": self.train_labels[ids]}
 
         return example_batches(
             len(self.train_labels),
@@ -89,7 +99,7 @@ class ImageSet(NamedTuple):
             ids = np.minimum(np.arange(start, start + rows), count - 1)
             batches.append(
                 {
-                    "inputs": self.validation_images[ids],
+                    "inputs": self.inputs(ids, held_out=True),
                     "targets": self.validation_labels[ids],
                     "where": np.arange(start, start + rows) < count,
                 }
@@ -102,6 +112,7 @@ def load_images(
     *,
     validation_fraction: float = 0.2,
     positive_classes: Sequence[int] = (),
+    as_series: bool = False,
     **text: Any,
 ) -> ImageSet:
     """The images that a name stands for, split into training and validation images.
@@ -123,6 +134,7 @@ def load_images(
       positive_classes: the classes that become class 1 of two, and all others class 0, for losses
         of binary decisions; images are held out by their classes of before. Default: every class
         stays.
+      as_series: whether models read an image as a series, a row of pixels at each step.
       **text: what belongs to text; ignored.
 
     Returns:
@@ -180,6 +192,7 @@ def load_images(
         validation_labels.astype(np.int32),
         int(max(train_labels.max(), validation_labels.max())) + 1,
         description,
+        as_series,
     )
 
 

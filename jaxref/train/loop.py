@@ -133,7 +133,8 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
         inputs, targets = _shown(data)
         predicted = _predictions(program, state, inputs)
         if primary and isinstance(data, ImageSet):
-            save_prediction_plot(workdir, inputs, targets, predicted.argmax(axis=-1))
+            images = data.validation_images[: len(targets)]
+            save_prediction_plot(workdir, images, targets, predicted.argmax(axis=-1))
         elif primary:
             save_forecast_plot(workdir, inputs, targets, predicted)
         print(f"Predictions: {outcome}")
@@ -457,7 +458,7 @@ def _last_validation(workdir: Path, validation: Validation, state: TrainState) -
 def _shown(data: ImageSet | SeriesSet) -> tuple[np.ndarray, np.ndarray]:
     """The held-out inputs that are drawn, and their targets."""
     if isinstance(data, ImageSet):
-        return data.validation_images[:1024], data.validation_labels[:1024]
+        return data.inputs(slice(1024), held_out=True), data.validation_labels[:1024]
     starts = data.held_out_starts()
     batch = data.windows(starts[np.linspace(0, len(starts) - 1, num=3, dtype=int)])
     return batch["inputs"], batch["targets"]

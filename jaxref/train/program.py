@@ -189,6 +189,7 @@ def build(
     num_examples: int | None = None,
     *,
     image_shape: tuple[int, int, int] | None = None,
+    series_shape: tuple[int, int] | None = None,
     num_classes: int | None = None,
     context_length: int | None = None,
     horizon: int | None = None,
@@ -202,7 +203,8 @@ def build(
       vocab_size: number of token ids, for text.
       num_examples: number of examples to train on, for methods that keep something of each.
       image_shape: height, width and channels, for images.
-      num_classes: number of classes, for images.
+      series_shape: steps and channels, for series that have labels.
+      num_classes: number of classes, for images and for series that have labels.
       context_length, horizon: steps that are read and steps that are forecast, for series.
       channels: number of series.
       devices: what it runs on, or is compiled for. Default: all that there are.
@@ -216,15 +218,18 @@ def build(
     _check_numbers(config)
     mesh = make_mesh(config.mesh.to_dict(), devices)
     rules = config.rules.to_dict()
-    is_text = image_shape is None and horizon is None
+    is_text = image_shape is None and series_shape is None and horizon is None
     _check_splits(config, mesh, rules, is_text=is_text)
     sizes: dict[str, Any]
     logits_shape: tuple[Any, ...]
     if is_text:
         sizes = {"vocab_size": vocab_size, "max_length": config.length}
         logits_shape = (config.length, vocab_size)
-    elif horizon is None:
+    elif image_shape is not None:
         sizes = {"image_shape": image_shape, "num_classes": num_classes}
+        logits_shape = (num_classes,)
+    elif series_shape is not None:
+        sizes = {"channels": series_shape[1], "num_classes": num_classes}
         logits_shape = (num_classes,)
     else:
         sizes = {"context_length": context_length, "horizon": horizon, "channels": channels}
@@ -348,7 +353,7 @@ def build(
         rules=rules,
         schedule=schedule,
         state_shardings=state_shardings,
-        abstract_batch=_abstract_batch(config, mesh, rules, sizes),
+        abstract_batch=_abstract_batch(config, mesh, rules, image_shape or series_shape, sizes),
         init=jax.jit(init, out_shardings=state_shardings),
         step=jax.jit(
             traced(step),
@@ -517,7 +522,13 @@ def _check_splits(config: ConfigDict, mesh: Mesh, rules: Rules, *, is_text: bool
         )
 
 
-def _abstract_batch(config: ConfigDict, mesh: Mesh, rules: Rules, sizes: dict[str, Any]) -> Batch:
+def _abstract_batch(
+    config: ConfigDict,
+    mesh: Mesh,
+    rules: Rules,
+    labelled: tuple[int, ...] | None,
+    sizes: dict[str, Any],
+) -> Batch:
     rows = config.batch_size
     ids = ((rows,), jnp.int32)
     of_text = "vocab_size" in sizes
@@ -525,8 +536,8 @@ def _abstract_batch(config: ConfigDict, mesh: Mesh, rules: Rules, sizes: dict[st
     if of_text:
         tokens = ((rows, config.length), jnp.int32)
         shapes = {"inputs": tokens, "targets": tokens}
-    elif "image_shape" in sizes:
-        shapes = {"inputs": ((rows, *sizes["image_shape"]), jnp.float32), "targets": ids}
+    elif labelled is not None:
+        shapes = {"inputs": ((rows, *labelled), jnp.float32), "targets": ids}
     else:
         past, future = (
             ((rows, sizes[length], sizes["channels"]), jnp.float32)

@@ -75,6 +75,41 @@ class TestParts:
         fitted = waves @ np.linalg.lstsq(waves, rows)[0]
         np.testing.assert_allclose(fitted, rows, atol=1e-5)
 
+    def test_alignment_of_channels_is_owed_in_training_by_the_layers_alone(self):
+        """The divergence is that of the features; no other parameter has a gradient from it."""
+        config = NBEATSConfig(
+            context_length=8,
+            horizon=4,
+            stacks=("generic", "trend"),
+            num_blocks=2,
+            num_layers=1,
+            features=6,
+            alignment=0.3,
+            share_weights=False,
+        )
+        inputs = np.random.default_rng(0).normal(size=(5, 8, 3)).astype("f")
+        graphdef, params, rest = nnx.split(config.build(rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+        @jax.jit
+        def owed(params, rest):
+            model = nnx.merge(graphdef, params, rest)
+            model(inputs)
+            return model.alignment_loss[...], model.forecast_with_features(inputs)[1]
+
+        (value, features), pull = jax.vjp(lambda params: owed(params, rest), params)
+        moved = [jnp.swapaxes(f, 0, 1) for f in features]
+        expected = 0.3 * stack_alignment_loss(moved, np.arange(3))
+        np.testing.assert_allclose(value, expected, rtol=1e-4)
+        (slopes,) = pull((jnp.ones_like(value), jax.tree.map(jnp.zeros_like, features)))
+        for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
+            path = jax.tree_util.keystr(path, simple=True, separator="/")
+            _, _, block, part, *_ = path.split("/")
+            assert np.any(slope != 0) == (block == "1" and part == "layers"), path
+        model = nnx.merge(graphdef, params, rest)
+        model.eval()
+        model(inputs)
+        assert model.alignment_loss[...] == 0
+
     @pytest.mark.claim("feature-aligned-nbeats")
     def test_alignment_brings_domains_together_at_no_cost_of_the_forecast(self):
         """Two domains of waves, of different length and level, and the same model trained with and

@@ -136,3 +136,27 @@ def test_losses_and_models_that_do_not_go_with_series():
     config = load_config("configs/forecast.py", ["model.name=ResNet", "model.depth=18"])
     with pytest.raises(ConfigError, match="is not a model of series"):
         build_program(config, load(config))
+    config = load_config("configs/digits.py", ["data.as_series=True"])
+    with pytest.raises(ConfigError, match="is not a model of series with labels"):
+        build_program(config, load(config))
+
+
+def test_images_row_by_row(capsys, tmp_path):
+    """Digits as eight steps of eight channels, by the transformer for series that have labels."""
+    overrides = [
+        "data.as_series=True",
+        "model.name=TimeSeriesTransformer",
+        "model.num_heads=4",
+        "steps=60",
+        "validate_every=60",
+        "schedule.peak_value=1e-2",
+    ]
+    config = load_config("configs/digits.py", overrides)
+    data = load(config)
+    assert data.sizes(config) == {"series_shape": (8, 8), "num_classes": 10, "num_examples": 1438}
+    batch = next(iter(data.batches(config)))
+    np.testing.assert_array_equal(batch["inputs"][..., None], data.train_images[batch["ids"]])
+    train(config, tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[-1]["validation_accuracy"] > 0.8
+    assert "359 held out, read row by row" in capsys.readouterr().out
+    assert (tmp_path / "run" / "predictions.png").exists()

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
                 "vocab_size": 256,
                 "token_dtype": "uint16",  # of tokens:FILE
                 "positive_classes": [],  # of images: to tell from all others; [] keeps all apart
+                "as_series": False,  # of images: whether models read them row by row
                 "context_length": 48,  # of series: steps that are read
                 "horizon": 12,  # of series: steps that are forecast
                 "period": 24,  # of series: steps of a season
