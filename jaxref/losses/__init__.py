@@ -292,6 +292,12 @@ from jaxref.losses.partial_auc import (
     two_way_partial_auc_init,
     two_way_partial_auc_loss,
 )
+from jaxref.losses.preference import (
+    f_divergence,
+    f_dpo_loss,
+    f_dpo_reward,
+    optimal_f_policy,
+)
 from jaxref.losses.proper import (
     ConvexPotential,
     canonical_log_loss,
@@ -811,4 +817,8 @@ __all__ = [
     "lol_objective",
     "monotone_score_map",
     "relevance_filter_loss",
+    "f_dpo_loss",
+    "f_dpo_reward",
+    "f_divergence",
+    "optimal_f_policy",
 ]
