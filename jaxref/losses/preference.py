@@ -66,9 +66,10 @@ def f_dpo_loss(
     of the ratio, and are cut off at e^-80, beyond which there is no gradient.
 
     Example:
-      >>> chosen, rejected = jnp.array([-3.0, -5.0]), jnp.array([-4.0, -4.0])
-      >>> print(f_dpo_loss(chosen, rejected, -4.0 * jnp.ones(2), rejected, beta=1.0).round(3))
-      [0.313 1.313]
+      >>> chosen, rejected, reference = jnp.array([-3.0]), jnp.array([-4.0]), jnp.array([-4.0])
+      >>> loss = f_dpo_loss(chosen, rejected, reference, reference, beta=1.0)
+      >>> print(loss.round(4))
+      [0.3133]
 
     Reference: Wang, Jiang, Yang, Liu, Chen, "Beyond Reverse KL: Generalizing Direct Preference
     Optimization with Diverse Divergence Constraints", 2023, arXiv:2309.16240; DPO is of Rafailov,
