@@ -209,6 +209,7 @@ from jaxref.losses.forecasting import (
     ordinal_wasserstein_loss,
     quantize_series,
 )
+from jaxref.losses.goldfish import goldfish_loss, goldfish_mask
 from jaxref.losses.horizon import signal_decay_loss, symmetric_absolute_percentage_error
 from jaxref.losses.imbalance import (
     focal_loss,
@@ -821,4 +822,6 @@ __all__ = [
     "f_dpo_reward",
     "f_divergence",
     "optimal_f_policy",
+    "goldfish_mask",
+    "goldfish_loss",
 ]
