@@ -88,7 +88,7 @@ def test_a_learned_link_trains_with_the_model_and_is_used_in_evaluation():
     expected = -np.take_along_axis(np.asarray(log_p), batch["targets"][:, None], 1)[:, 0]
     valid = program.put(batch | {"where": np.arange(8) < 6})
     measured = program.evaluate(state.params, valid, state.model_state)
-    np.testing.assert_allclose(measured.nats, expected[:6].sum(), rtol=1e-5)
+    np.testing.assert_allclose(measured.loss, expected[:6].sum(), rtol=1e-5)
     right = np.argmax(log_p, -1) == batch["targets"]
     assert measured.correct == right[:6].sum()
     for _ in range(2):  # the schedule starts at 0
@@ -142,7 +142,7 @@ class TestOutputMatrix:
         where = np.arange(16) < 12
         valid = program.put(batch | {"where": np.broadcast_to(where, (8, 16))})
         measured = program.evaluate(state.params, valid, state.model_state)
-        np.testing.assert_allclose(measured.nats, plain[:, :12].sum(), rtol=1e-4)
+        np.testing.assert_allclose(measured.loss, plain[:, :12].sum(), rtol=1e-4)
         assert measured.examples == 8 * 12
         state, metrics = program.step(state, program.put(batch))
         np.testing.assert_allclose(metrics.loss, expected.mean(), rtol=1e-5)

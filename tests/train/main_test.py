@@ -125,7 +125,7 @@ class TestImages:
         (workdir / "predictions.png").unlink()  # as if killed before it was drawn
         assert "Predictions: " in call(*self.DIGITS, f"--workdir={workdir}")[1]
         code, _ = call("--mode=sample", f"--workdir={workdir}")
-        assert code == "ConfigError: --mode=sample is for text, and data.name=digits is images"
+        assert code == "ConfigError: --mode=sample is for text, and data.name=digits is none"
 
     @pytest.mark.parametrize(
         ("argv", "message"),
@@ -146,7 +146,7 @@ class TestImages:
             ),
             (
                 ["--config.data.name=digit"],
-                r"ConfigError: data.name must be python_stdlib, .* images:DIR, got 'digit'",
+                r"ConfigError: data.name must be python_stdlib, .* or series:FILE, got 'digit'",
             ),
         ],
     )

@@ -61,7 +61,7 @@ def run(overrides, devices):
     where = np.ones((ROWS, LENGTH), bool)
     evaluation = program.evaluate(state.params, program.put(batch(20) | {"where": where}))
     params = jax.tree.map(np.asarray, state.params)
-    return program, step, np.array([*losses, float(evaluation.nats)]), params
+    return program, step, np.array([*losses, float(evaluation.loss)]), params
 
 
 @pytest.fixture(scope="module")
