@@ -17,6 +17,15 @@ def unit_vectors(x: Array) -> Array:
     return scaled * jnp.where(is_zero, 0.0, lax.rsqrt(jnp.where(is_zero, 1.0, square)))
 
 
+def unit_rows(features: ArrayLike) -> Array:
+    """The rows of `features` `[examples, features]` at length 1, in at least float32."""
+    check_floating(features=features)
+    x = jnp.asarray(features)
+    if x.ndim != 2:
+        raise ValueError(f"features must have shape [examples, features], got {x.shape}")
+    return unit_vectors(x.astype(compute_dtype(x)))
+
+
 def squared_distances(x: Array, y: Array) -> Array:
     """||x_i - y_j||² `[..., n, m]` of `x` `[..., n, features]` and `y` `[..., m, features]`.
 

@@ -20,6 +20,7 @@ from jaxref.core.checks import (
 )
 from jaxref.core.labels import masked_log_softmax
 from jaxref.core.numerics import compute_dtype
+from jaxref.core.reductions import masked_logsumexp
 from jaxref.core.shards import AxisName, sum_over_shards
 from jaxref.core.vectors import safe_sqrt
 
@@ -314,18 +315,8 @@ def _noise_of_shard(key: Array, z: Array, axis_name: AxisName | None) -> Array:
 
 def _log_softmax(x: Array, exists: Array, axis: int, axis_name: AxisName | None) -> Array:
     """log softmax over the entries along an axis that exist, on all shards; 0 for the others."""
-    largest = jnp.max(
-        jax.lax.stop_gradient(jnp.where(exists, x, -jnp.inf)),
-        axis=axis,
-        keepdims=True,
-        initial=-jnp.inf,
-    )
-    if axis_name is not None:
-        largest = jax.lax.pmax(largest, axis_name)
-    shifted = jnp.where(exists, x - jnp.where(jnp.isfinite(largest), largest, 0.0), 0.0)
-    total = jnp.sum(jnp.where(exists, jnp.exp(shifted), 0.0), axis=axis, keepdims=True)
-    total = sum_over_shards(total, axis_name)
-    return jnp.where(exists, shifted - jnp.log(jnp.where(total > 0, total, 1.0)), 0.0)
+    log_total = masked_logsumexp(x, axis=axis, where=exists, axis_name=axis_name)
+    return jnp.where(exists, x - jnp.expand_dims(log_total, axis), 0.0)
 
 
 def _straight_through(soft: Array, choice: Array) -> Array:

@@ -113,7 +113,9 @@ def dispersive_loss(
         block, (examples, constants), examples, combine=combine, axis_name=axis_name, ring=ring
     )
     if combine == "logsumexp":
-        loss = _log_total(rows, exists, axis_name) - 2 * jnp.log(at_least_one)
+        loss = masked_logsumexp(rows, axis=None, where=exists, axis_name=axis_name) - 2 * jnp.log(
+            at_least_one
+        )
     else:
         total = sum_over_shards(jnp.sum(rows, where=exists), axis_name)
         if variant == "covariance":  # without the diagonal
@@ -161,14 +163,3 @@ def _distances(rows: _Examples, columns: _Examples) -> Array:
     """Squared, and exactly 0 from an example to itself."""
     distances = squared_distances(rows.features, columns.features)
     return jnp.where(rows.place[:, None] == columns.place, 0.0, distances)
-
-
-def _log_total(logs: Array, where: Array, axis_name: AxisName | None) -> Array:
-    """log Σ exp over the entries of all shards; 0 where there is none."""
-    logs = jnp.where(where, logs, -jnp.inf)
-    largest = jax.lax.stop_gradient(jnp.max(logs, initial=-jnp.inf))
-    if axis_name is not None:
-        largest = jax.lax.pmax(largest, axis_name)
-    largest = jnp.where(jnp.isneginf(largest), 0.0, largest)
-    total = sum_over_shards(jnp.sum(jnp.exp(logs - largest)), axis_name)
-    return jnp.log(jnp.where(total > 0, total, 1.0)) + largest

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxref.core.checks import check_floating, check_shape
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.shards import AxisName, sum_over_shards
-from jaxref.core.vectors import embedding_pair, unit_vectors
+from jaxref.core.vectors import embedding_pair, unit_rows, unit_vectors
 from jaxref.losses.contrastive import nt_xent_loss
 
 
@@ -41,7 +41,7 @@ def feature_center(
     Reference: Reiss, Hoshen, "Mean-Shifted Contrastive Loss for Anomaly Detection", 2021,
     arXiv:2106.03844.
     """
-    phi = _unit_rows(features)
+    phi = unit_rows(features)
     number = sum_over_shards(jnp.float32(len(phi)), axis_name)
     center = sum_over_shards(jnp.sum(phi, axis=0), axis_name) / jnp.maximum(number, 1)
     return unit_vectors(center) if normalize else center
@@ -133,14 +133,6 @@ def angular_center_loss(features: ArrayLike, center: ArrayLike) -> Array:
     x = jnp.asarray(features)
     phi = unit_vectors(x.astype(compute_dtype(x)))
     return -jnp.sum(phi * _checked_center(center, phi), axis=-1).astype(x.dtype)
-
-
-def _unit_rows(features: ArrayLike) -> Array:
-    check_floating(features=features)
-    x = jnp.asarray(features)
-    if x.ndim != 2:
-        raise ValueError(f"features must have shape [examples, features], got {x.shape}")
-    return unit_vectors(x.astype(compute_dtype(x)))
 
 
 def _checked_center(center: ArrayLike, phi: Array) -> Array:

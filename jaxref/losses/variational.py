@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_floating, check_interval
 from jaxref.core.numerics import compute_dtype
+from jaxref.core.reductions import masked_logsumexp
 from jaxref.core.shards import AxisName, all_shards, sum_over_shards
 from jaxref.core.vectors import squared_distances
 
@@ -71,7 +72,9 @@ def cauchy_schwarz_divergence(
         )
 
     def log_sum(a: Array, b: Array) -> Array:
-        return _log_sum(_exponents(a, b, bandwidth, axis_name), axis_name)
+        return masked_logsumexp(
+            _exponents(a, b, bandwidth, axis_name), axis=None, axis_name=axis_name
+        )
 
     divergence = log_sum(p, p) + log_sum(q, q) - 2 * log_sum(p, q)
     return divergence.astype(jnp.result_type(samples_p))
@@ -141,7 +144,7 @@ def conditional_cauchy_schwarz_divergence(
 
     def log_f(a: Array, b: Array) -> Array:
         log_l = _exponents(a, b, bandwidth, axis_name)
-        return _log_sum(log_k + log_l - log_norm, axis_name)
+        return masked_logsumexp(log_k + log_l - log_norm, axis=None, axis_name=axis_name)
 
     divergence = log_f(y, y) + log_f(guess, guess) - 2 * log_f(guess, y)
     return divergence.astype(jnp.result_type(predictions))
@@ -312,14 +315,6 @@ def _exponents(a: Array, b: Array, bandwidth: ArrayLike, axis_name: AxisName | N
     # from their centre, as squares of far coordinates would drown the differences
     centre = jax.lax.stop_gradient(jnp.mean(every, axis=0))
     return squared_distances(a - centre, every - centre) / (-2 * jnp.square(bandwidth))
-
-
-def _log_sum(exponents: Array, axis_name: AxisName | None) -> Array:
-    """log Σ exp of this shard's rows and those of all."""
-    highest = jax.lax.stop_gradient(jnp.max(exponents))
-    if axis_name is not None:
-        highest = jax.lax.pmax(highest, axis_name)
-    return highest + jnp.log(sum_over_shards(jnp.sum(jnp.exp(exponents - highest)), axis_name))
 
 
 def _wide_bandwidth(sample: Array, axis_name: AxisName | None) -> Array:

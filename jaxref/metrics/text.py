@@ -91,7 +91,9 @@ def rouge(candidate: Tokens, reference: Tokens, *, order: int | None = None) -> 
     Raises:
       ValueError: an `order` below 1.
 
-    Use it for summaries, as the mean over texts; `bleu` is for translations.
+    Use it for summaries, as the mean over texts; `bleu` is for translations. Between a
+    passage of the training text and what a model makes of its start, ROUGE-L says how much the
+    model has learned by heart.
 
     Example:
       >>> texts = "the cat sat on a mat".split(), "the cat is on the mat".split()
@@ -99,7 +101,9 @@ def rouge(candidate: Tokens, reference: Tokens, *, order: int | None = None) -> 
       0.667 0.2
 
     Reference: Terven, Cordova-Esparza, Ramirez-Pedraza, Chavez-Urbiola, Romero-Gonzalez, "Loss
-    Functions and Metrics in Deep Learning", 2023, arXiv:2307.02694.
+    Functions and Metrics in Deep Learning", 2023, arXiv:2307.02694; of recitals: Hans et al., "Be
+    like a Goldfish, Don't Memorize! Mitigating Memorization in Generative LLMs", 2024,
+    arXiv:2406.10209.
     """
     if order is None:
         common, sizes = _common_subsequence(candidate, reference), len(candidate) + len(reference)
@@ -208,14 +212,17 @@ def exact_match(candidates: Sequence[Tokens], references: Sequence[Sequence[Toke
     Raises:
       ValueError: numbers of texts that differ, or none.
 
-    Use it for short answers; `token_error_rate` says how far the others are off.
+    Use it for short answers, and for passages that a model recites; `token_error_rate` says how far
+    the others are off.
 
     Example:
       >>> exact_match(["four", "five"], [["4", "four"], ["six"]])
       0.5
 
     Reference: Terven, Cordova-Esparza, Ramirez-Pedraza, Chavez-Urbiola, Romero-Gonzalez, "Loss
-    Functions and Metrics in Deep Learning", 2023, arXiv:2307.02694.
+    Functions and Metrics in Deep Learning", 2023, arXiv:2307.02694; of recitals: Hans et al., "Be
+    like a Goldfish, Don't Memorize! Mitigating Memorization in Generative LLMs", 2024,
+    arXiv:2406.10209.
     """
     _check_corpus(candidates, references)
     return sum(a in b for a, b in zip(candidates, references)) / len(candidates)

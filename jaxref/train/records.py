@@ -442,6 +442,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def new_figure() -> "Figure":
+    """An empty figure of the size of a run's pictures, of no display and no pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7.5, 4.2), dpi=160, layout="constrained")

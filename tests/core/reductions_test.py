@@ -47,3 +47,24 @@ def test_logsumexp_of_the_admitted_entries():
     np.testing.assert_allclose(plain, np.log(np.exp(x.astype(float)).sum(-1)), rtol=1e-2, atol=1e-2)
     nothing = masked_logsumexp(x, where=np.zeros((2, 3, 4), bool))
     np.testing.assert_array_equal(nothing, 0)
+
+
+def test_logsumexp_over_shards_is_that_of_all_entries():
+    """Some shards have no entry, one column has none at all, and columns are far from each other."""
+    rng = np.random.default_rng(0)
+    x = rng.normal([0, 0, 3e4, -3e4], size=(8, 2, 4)).astype("f")
+    where = rng.random(x.shape) < 0.5
+    where[3], where[..., 1] = False, False
+
+    def mapped(x, where):
+        reduce = lambda x, where: masked_logsumexp(x, axis=0, where=where, axis_name="shards")
+        return jax.vmap(reduce, axis_name="shards")(x, where)
+
+    ours, vjp = jax.vjp(lambda x: mapped(x, where)[0], x)
+    expected, of_all = jax.vjp(
+        lambda x: masked_logsumexp(x, axis=0, where=where.reshape(16, 4)), x.reshape(16, 4)
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        vjp(jnp.ones(4))[0].reshape(16, 4), of_all(jnp.ones(4))[0], rtol=1e-3, atol=1e-6
+    )

@@ -48,7 +48,8 @@ class TestData:
 
     def test_held_out_windows_are_all_there_once(self, counting):
         data = load_series(counting[0], **SIZES)
-        batches, baselines = data.held_out(load_config(overrides=["batch_size=3"]))
+        config = load_config(overrides=["batch_size=3"])
+        batches, baselines = data.held_out(config)
         where = np.concatenate([batch["where"] for batch in batches])
         targets = np.concatenate([batch["targets"] for batch in batches])[where]
         np.testing.assert_array_equal(targets, data.values[np.arange(40, 48)[:, None] + range(3)])
@@ -59,6 +60,9 @@ class TestData:
             "last season": 16 * np.mean(slopes**2),
         }
         assert baselines == pytest.approx(expected, rel=1e-4)
+        # a season of two, taken twice, is 2, 2 and 4 steps back
+        _, baselines = load_series(counting[0], **SIZES | {"period": 2}).held_out(config)
+        assert baselines["last season"] == pytest.approx(8 * np.mean(slopes**2), rel=1e-4)
 
     def test_made_series_have_their_seasons(self):
         values = load_series("seasons", period=24).values

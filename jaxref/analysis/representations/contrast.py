@@ -8,7 +8,7 @@ from jaxref.core.checks import check_broadcastable, check_floating, check_interv
 from jaxref.core.labels import masked_log_softmax
 from jaxref.core.numerics import compute_dtype
 from jaxref.core.reductions import masked_logsumexp
-from jaxref.core.vectors import squared_distances, unit_vectors
+from jaxref.core.vectors import squared_distances, unit_rows
 
 
 def relative_penalty(
@@ -120,7 +120,7 @@ def uniformity(features: ArrayLike, *, t: float = 2.0) -> Array:
     and Uniformity on the Hypersphere", 2020, arXiv:2005.10242, as used by Wang, Liu,
     "Understanding the Behaviour of Contrastive Loss", 2020, arXiv:2012.09740.
     """
-    f = _unit_rows(features)
+    f = unit_rows(features)
     check_interval(0, jnp.inf, closed="right", t=t)
     other = ~jnp.eye(len(f), dtype=bool)
     log_total = masked_logsumexp(-t * squared_distances(f, f).ravel(), where=other.ravel())
@@ -155,7 +155,7 @@ def tolerance(features: ArrayLike, labels: ArrayLike) -> Array:
 
     Reference: Wang, Liu, "Understanding the Behaviour of Contrastive Loss", 2020, arXiv:2012.09740.
     """
-    f, labels = _unit_rows(features), jnp.asarray(labels)
+    f, labels = unit_rows(features), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got {labels.dtype.name}")
     check_shape(f.shape[:1], labels=labels)
@@ -186,11 +186,3 @@ def _log_shares(
         negative &= jnp.asarray(where, bool)
     logits = s.astype(compute_dtype(s)) / temperature
     return masked_log_softmax(logits, axis=-1, where=negative), negative
-
-
-def _unit_rows(features: ArrayLike) -> Array:
-    check_floating(features=features)
-    x = jnp.asarray(features)
-    if x.ndim != 2:
-        raise ValueError(f"features must have shape [examples, features], got {x.shape}")
-    return unit_vectors(x.astype(compute_dtype(x)))
