@@ -65,5 +65,5 @@ def masked_logsumexp(
         return jnp.where(exists, total, 0.0)
     top = jax.lax.pmax(jax.lax.stop_gradient(jnp.where(exists, total, -jnp.inf)), axis_name)
     top = jnp.where(jnp.isneginf(top), 0.0, top)
-    mass = jax.lax.psum(jnp.exp(jnp.where(exists, total - top, -jnp.inf)), axis_name)
+    mass = jax.lax.psum(jnp.exp(total - top), axis_name)  # 0 from a shard without entries
     return top + jnp.log(jnp.where(mass > 0, mass, 1.0))

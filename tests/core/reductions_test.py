@@ -50,7 +50,7 @@ def test_logsumexp_of_the_admitted_entries():
 
 
 def test_logsumexp_over_shards_is_that_of_all_entries():
-    """Some shards have no entry, one column has none at all, and columns are far from each other."""
+    """Some shards have no entry, one column has none at all, columns are far from each other."""
     rng = np.random.default_rng(0)
     x = rng.normal([0, 0, 3e4, -3e4], size=(8, 2, 4)).astype("f")
     where = rng.random(x.shape) < 0.5
