@@ -4,6 +4,25 @@ from jaxref.adaptation.federated import federated_round, fedwon_client_update
 from jaxref.adaptation.few_shot import class_prototypes, imprint_class, novel_class_head
 from jaxref.adaptation.test_time import class_correlation_loss, core_adapt_step
 from jaxref.adaptation.transfer import inflate_input_channels
+from jaxref.adaptation.unlearning import (
+    UnlearningGap,
+    UnlearningMetrics,
+    flat_loss,
+    flat_loss_of_log_probs,
+    mean_answer_probability,
+    unlearning_gap,
+    unlearning_metrics,
+    variational_f_divergence,
+)
+from jaxref.adaptation.unlearning_saliency import (
+    loreun_loss,
+    loss_reweighting,
+    masked_updates,
+    random_label_forget_loss,
+    saliency_mask,
+    salun_classification_loss,
+    salun_diffusion_loss,
+)
 
 __all__ = [
     "class_correlation_loss",
@@ -14,4 +33,19 @@ __all__ = [
     "federated_round",
     "fedwon_client_update",
     "inflate_input_channels",
+    "flat_loss",
+    "flat_loss_of_log_probs",
+    "mean_answer_probability",
+    "variational_f_divergence",
+    "UnlearningMetrics",
+    "UnlearningGap",
+    "unlearning_metrics",
+    "unlearning_gap",
+    "saliency_mask",
+    "masked_updates",
+    "random_label_forget_loss",
+    "salun_classification_loss",
+    "salun_diffusion_loss",
+    "loss_reweighting",
+    "loreun_loss",
 ]

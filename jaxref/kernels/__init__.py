@@ -3,6 +3,9 @@
 from jaxref.kernels.flash_attention import flash_attention
 from jaxref.kernels.layer_norm import layer_norm, rms_norm
 from jaxref.kernels.linear_softmax_cross_entropy import linear_softmax_cross_entropy
+from jaxref.kernels.linear_softmax_entropy import (
+    linear_softmax_entropy,
+)
 from jaxref.kernels.quantized_matmul import quantized_matmul
 from jaxref.kernels.softmax import log_softmax, logsumexp, softmax
 from jaxref.kernels.softmax_cross_entropy import softmax_cross_entropy
@@ -29,4 +32,5 @@ __all__ = [
     "two_pass_softmax",
     "two_pass_logsumexp",
     "three_pass_softmax",
+    "linear_softmax_entropy",
 ]

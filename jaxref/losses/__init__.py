@@ -192,6 +192,18 @@ from jaxref.losses.distillation_teachers import (
     multi_teacher_adversarial_distillation_loss,
     normalized_loss_balance,
 )
+from jaxref.losses.earth_mover import (
+    earth_mover_language_loss,
+    emo_loss,
+    linear_earth_mover_loss,
+    linear_emo_loss,
+)
+from jaxref.losses.electra import (
+    ElectraTerms,
+    electra_corrupt,
+    electra_loss,
+    sample_masked_positions,
+)
 from jaxref.losses.factored_output import (
     FactoredOutputState,
     factored_output_init,
@@ -293,11 +305,35 @@ from jaxref.losses.partial_auc import (
     two_way_partial_auc_init,
     two_way_partial_auc_loss,
 )
+from jaxref.losses.policy import (
+    clipped_policy_loss,
+    d3s_policy_loss,
+    kl_estimate,
+)
+from jaxref.losses.policy_entropy import (
+    EntropyStats,
+    entropy_temperature,
+    hapo_loss,
+    normalised_entropy,
+    token_level_group_advantage,
+)
 from jaxref.losses.preference import (
     f_divergence,
     f_dpo_loss,
     f_dpo_reward,
     optimal_f_policy,
+)
+from jaxref.losses.preference_degree import (
+    DegreeExamples,
+    degree_dataset,
+    remove_key_content,
+    self_supervised_preference_loss,
+)
+from jaxref.losses.process_reward import (
+    implicit_reward_cross_entropy,
+    implicit_step_rewards,
+    implicit_token_rewards,
+    response_score,
 )
 from jaxref.losses.proper import (
     ConvexPotential,
@@ -311,6 +347,12 @@ from jaxref.losses.proper import (
     log_softmax_plus,
 )
 from jaxref.losses.prototypes import icnn_loss, icnn_score, proto_triplet_loss
+from jaxref.losses.pseudo_convolutional_policy import (
+    edit_distance_reward,
+    pcpg_loss,
+    prefix_edit_distance,
+    pseudo_convolutional_policy_gradient_loss,
+)
 from jaxref.losses.query_reformulation import (
     lol_objective,
     loss_over_loss,
@@ -357,6 +399,12 @@ from jaxref.losses.robust import (
     adaptive_ldr_init,
     adaptive_ldr_loss,
     label_distributionally_robust_loss,
+)
+from jaxref.losses.robust_preference import (
+    SRPOLogProbs,
+    revise,
+    srpo_loss,
+    srpo_optimal_policies,
 )
 from jaxref.losses.segmentation import (
     dice_loss,
@@ -431,11 +479,21 @@ from jaxref.losses.temperature_scaling import (
     temperature_scale,
     transformed_topk_features,
 )
+from jaxref.losses.token_weights import (
+    ImportanceDiagnostics,
+    importance_sampling_diagnostics,
+    prior_loss,
+    reference_token_weights,
+)
 from jaxref.losses.unified_negative_pairs import (
     box_and_whisker_mask,
     in_batch_negative_similarities,
     unified_negative_pair_softmax,
     unpg_loss,
+)
+from jaxref.losses.unpaired_preference import (
+    kto_loss,
+    nca_loss,
 )
 from jaxref.losses.value import (
     HLGauss,
@@ -824,4 +882,42 @@ __all__ = [
     "optimal_f_policy",
     "goldfish_mask",
     "goldfish_loss",
+    "sample_masked_positions",
+    "electra_corrupt",
+    "electra_loss",
+    "ElectraTerms",
+    "clipped_policy_loss",
+    "kl_estimate",
+    "d3s_policy_loss",
+    "hapo_loss",
+    "token_level_group_advantage",
+    "normalised_entropy",
+    "EntropyStats",
+    "entropy_temperature",
+    "prefix_edit_distance",
+    "edit_distance_reward",
+    "pseudo_convolutional_policy_gradient_loss",
+    "pcpg_loss",
+    "earth_mover_language_loss",
+    "emo_loss",
+    "linear_earth_mover_loss",
+    "linear_emo_loss",
+    "reference_token_weights",
+    "prior_loss",
+    "importance_sampling_diagnostics",
+    "ImportanceDiagnostics",
+    "implicit_token_rewards",
+    "implicit_step_rewards",
+    "response_score",
+    "implicit_reward_cross_entropy",
+    "kto_loss",
+    "nca_loss",
+    "SRPOLogProbs",
+    "srpo_loss",
+    "srpo_optimal_policies",
+    "revise",
+    "DegreeExamples",
+    "remove_key_content",
+    "degree_dataset",
+    "self_supervised_preference_loss",
 ]

@@ -23,6 +23,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 """The divergences whose reward is defined for every policy: f' is invertible, and f'(0) = -∞."""
 
 _LARGEST_EXPONENT = 80.0
+_LOWEST_LOG_PROB = -1e9
 
 
 def f_dpo_loss(
@@ -132,6 +133,8 @@ def f_dpo_reward(
     Raises:
       ValueError, TypeError: as `f_dpo_loss`.
 
+    A log-probability of -∞ counts as -1e9: a response that is impossible under both has ratio 1.
+
     Use it to rank or to log rewards; detach it where it is a target.
 
     Example:
@@ -144,11 +147,7 @@ def f_dpo_reward(
     """
     check_interval(0, jnp.inf, closed="right", beta=beta)
     _check_divergence(divergence, alpha)
-    check_floating(policy_log_prob=policy_log_prob, reference_log_prob=reference_log_prob)
-    check_shape(jnp.shape(policy_log_prob), reference_log_prob=reference_log_prob)
-    dtype = compute_dtype(policy_log_prob, reference_log_prob)
-    reference = jax.lax.stop_gradient(jnp.asarray(reference_log_prob).astype(dtype))
-    d = jnp.asarray(policy_log_prob).astype(dtype) - reference
+    d = log_ratio(policy_log_prob=policy_log_prob, reference_log_prob=reference_log_prob)
     if divergence == "jensen_shannon":
         slope = jnp.log(2.0) - jax.nn.softplus(-d)
     elif divergence == "forward_kl":
@@ -295,6 +294,22 @@ def optimal_f_policy(
     found = policy(jnp.mean(jnp.stack(jax.lax.fori_loop(0, 60, halve, ends)), axis=0))
     found /= jnp.sum(found, axis=-1, keepdims=True)
     return found.astype(jnp.result_type(rewards))
+
+
+def log_ratio(**log_probs: ArrayLike) -> Array:
+    """log π(y) - log π_ref(y) in at least float32, without gradient to the reference.
+
+    The two are given by the names of the arguments. A log-probability of -∞ counts as -1e9, so that
+    a response that is impossible under both has ratio 1.
+    """
+    check_floating(**log_probs)
+    policy, reference = log_probs.values()
+    check_shape(jnp.shape(policy), **log_probs)
+    dtype = compute_dtype(policy, reference)
+    ours, theirs = (
+        jnp.maximum(jnp.asarray(x).astype(dtype), _LOWEST_LOG_PROB) for x in (policy, reference)
+    )
+    return ours - jax.lax.stop_gradient(theirs)
 
 
 def _check_divergence(divergence: str, alpha: float) -> None:

@@ -166,7 +166,7 @@ class Block(nnx.Module):
           where: boolean `[tokens, 1]`, as for `Sublayer`.
           memory: `[batch, source length, features]`, what to attend over besides.
           memory_mask: boolean, which of it may be seen.
-          **kwargs: `mask` and `is_causal` of the attention.
+          **kwargs: `mask`, `is_causal` and `positions` of the attention.
         """
 
         def cross(y: Array) -> Array:

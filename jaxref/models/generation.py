@@ -1,5 +1,6 @@
 """Text from a language model, token by token, with what came before remembered."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxref.core.checks import check_floating, check_interval
+from jaxref.core.checks import check_floating, check_interval, check_shape
 
 
 def sample_tokens(
@@ -32,7 +33,8 @@ def sample_tokens(
     Args:
       logits: `[..., vocab_size]` floating point.
       key: random key; not needed at temperature 0.
-      temperature: at least 0. 0 takes the most probable token, 1 the model's distribution.
+      temperature: at least 0, broadcastable to `[...]`. 0 takes the most probable token, 1 the
+        model's distribution.
       top_k: how many tokens to choose from; 0 for all.
       top_p: the probability to choose from, in (0, 1]; 1 for all.
 
@@ -69,7 +71,7 @@ def sample_tokens(
             raise ValueError("key must be given at a temperature above 0, got None")
         return greedy
     safe = jnp.where(jnp.asarray(temperature) > 0, temperature, 1.0)
-    scaled = logits / safe
+    scaled = logits / safe[..., None]
     if top_k and top_k < logits.shape[-1]:
         last = jax.lax.top_k(scaled, top_k)[0][..., -1:]
         scaled = jnp.where(scaled >= last, scaled, -jnp.inf)
@@ -89,11 +91,12 @@ def generate(
     lengths: ArrayLike | None = None,
     *,
     num_tokens: int,
-    temperature: float = 1.0,
+    temperature: float | Callable[[Array], Array] = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     key: Array | None = None,
     cache: str = "full",
+    prefix_lengths: ArrayLike | None = None,
     source: ArrayLike | None = None,
     source_where: ArrayLike | None = None,
     **cache_options: Any,
@@ -111,15 +114,18 @@ def generate(
       lengths: integer `[batch]`, in [1, n]: how many tokens of each prompt are real. Default: n.
       num_tokens: tokens to draw, at least 1; the longest prompt and all of them but the last fit
         in `max_length`.
-      temperature, top_k, top_p: as for `sample_tokens`.
+      temperature, top_k, top_p: as for `sample_tokens`. A temperature may depend on the logits: a
+        function of `[batch, vocab_size]` to `[batch]` as a `jax.tree_util.Partial`, whose arrays
+        may be others in the next call.
       key: random key; not needed at temperature 0.
       cache: "full" keys and values, or "staircase" for those whose precision falls with age.
+      prefix_lengths: integer `[batch]`, of a prefix model: how many tokens of each prompt all may
+        see. Default: `lengths`.
       source, source_where: of an encoder-decoder.
       **cache_options: as for `jaxref.quantization.staircase_cache_init`.
 
     Returns:
-      Integer `[batch, num_tokens]`: the continuations. A prefix model reads its prompt as the
-      prefix.
+      Integer `[batch, num_tokens]`: the continuations.
 
     Raises:
       ValueError: shapes that do not match, ids that the model does not have, more tokens than the
@@ -151,21 +157,31 @@ def generate(
     where = np.arange(n) < lengths[:, None]
     check_interval(0, config.vocab_size - 1, prompts=np.where(where, prompts, 0))
     check_interval(1, jnp.inf, num_tokens=num_tokens)
-    check_interval(0, jnp.inf, temperature=temperature, top_k=top_k)
+    check_interval(0, jnp.inf, top_k=top_k)
     check_interval(0, 1, closed="right", top_p=top_p)
+    is_drawn = callable(temperature) or temperature > 0
+    if not callable(temperature):
+        check_interval(0, jnp.inf, temperature=temperature)
     if lengths.max() + num_tokens - 1 > config.max_length:  # the last token is not read
         raise ValueError(
             f"num_tokens must be at most {config.max_length + 1 - lengths.max()} after a prompt of "
             f"{lengths.max()} tokens, for max_length = {config.max_length}, got {num_tokens}"
         )
-    if key is None and temperature > 0:
+    if key is None and is_drawn:
         raise ValueError("key must be given at a temperature above 0, got None")
+    if config.architecture == "prefix":
+        prefix_lengths = lengths if prefix_lengths is None else np.asarray(prefix_lengths)
+        check_shape((batch,), prefix_lengths=prefix_lengths)
+        check_interval(0, n, prefix_lengths=prefix_lengths)
+    elif prefix_lengths is not None:
+        raise ValueError(f"prefix_lengths must be None for architecture {config.architecture!r}")
     graphdef, state = nnx.split(model)
     tokens = _generate(
         graphdef,
         state,
         jnp.asarray(prompts, jnp.int32),
         jnp.asarray(lengths, jnp.int32),
+        None if prefix_lengths is None else jnp.asarray(prefix_lengths, jnp.int32),
         num_tokens,
         temperature,
         top_p,
@@ -188,8 +204,9 @@ def _generate(
     state: nnx.State,
     prompts: Array,
     lengths: Array,
+    prefix_lengths: Array | None,
     num_tokens: Array,
-    temperature: Array,
+    temperature: Any,
     top_p: Array,
     key: Array,
     source: Array | None,
@@ -206,10 +223,11 @@ def _generate(
     batch, n = prompts.shape
 
     def draw(hidden: Array, step: Array | int) -> Array:
+        logits = model.logits(hidden)
         return sample_tokens(
-            model.logits(hidden),
+            logits,
             jax.random.fold_in(key, step),
-            temperature=temperature,
+            temperature=temperature(logits) if callable(temperature) else temperature,
             top_k=top_k,
             top_p=top_p if nucleus else 1.0,
         ).astype(jnp.int32)
@@ -221,7 +239,7 @@ def _generate(
         jnp.where(jnp.arange(n) < lengths[:, None], prompts, 0),
         cache,
         where=jnp.arange(n) < lengths[:, None],
-        is_prefix=model.config.architecture == "prefix",
+        prefix_lengths=prefix_lengths,
     )
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     drawn = jnp.zeros((batch, model.config.max_length), jnp.int32).at[:, 0].set(draw(last, 0))

@@ -307,6 +307,7 @@ class Transformer(nnx.Module):
         mask: Array | None = None,
         where: Array | None = None,
         prefix_lengths: Array | None = None,
+        positions: Array | None = None,
         source: Array | None = None,
         source_where: Array | None = None,
     ) -> Array:
@@ -321,6 +322,8 @@ class Transformer(nnx.Module):
           where: boolean `[batch, length]`: the tokens that exist. The others are seen by none and
             count in no statistics.
           prefix_lengths: integer `[batch]`, for "prefix": how many tokens all may see.
+          positions: integer `[batch, length]` in [0, max_length), where the tokens stand, for
+            rotary or learned positions. Default: one after the other, from 0.
           source: integer `[batch, source length]`, for "encoder_decoder".
           source_where: boolean like `source`: the source tokens that exist.
 
@@ -329,7 +332,8 @@ class Transformer(nnx.Module):
 
         Raises:
           ValueError: tokens that are not two-dimensional, or longer than `max_length`, or a prefix
-            or source that the architecture does not have, or lacks.
+            or source that the architecture does not have, or lacks, or positions where the model
+            biases by distance.
           TypeError: tokens that are not integers.
         """
         x, _ = self._passed(
@@ -338,6 +342,7 @@ class Transformer(nnx.Module):
             mask=mask,
             where=where,
             prefix_lengths=prefix_lengths,
+            positions=positions,
             source=source,
             source_where=source_where,
         )
@@ -430,7 +435,7 @@ class Transformer(nnx.Module):
         cache: GenerationCache,
         *,
         where: Array | None = None,
-        is_prefix: bool = False,
+        prefix_lengths: Array | None = None,
     ) -> tuple[Array, GenerationCache]:
         """The states of the next tokens of each sequence, given all that came before.
 
@@ -439,7 +444,8 @@ class Transformer(nnx.Module):
           cache: of `init_cache`, or of the previous call.
           where: boolean `[batch, n]`: the tokens that exist, ahead of those that do not, whose
             states mean nothing. Default: all.
-          is_prefix: for "prefix": whether these tokens are the prefix, which all see.
+          prefix_lengths: integer `[batch]`, for "prefix", of the first call: how many of these
+            tokens all may see.
 
         Returns:
           `[batch, n, features]`, as `hidden` gives for the whole sequences, and the new cache. What
@@ -457,7 +463,8 @@ class Transformer(nnx.Module):
         check_shape((batch, n), where=where)
         positions = cache.lengths[:, None] + jnp.arange(n)
         lengths = cache.lengths + jnp.sum(where, axis=1, dtype=jnp.int32)
-        prefix_lengths = lengths if is_prefix else cache.prefix_lengths
+        if prefix_lengths is None:
+            prefix_lengths = cache.prefix_lengths
 
         def call(block: Block, x: Array, _: None, index: Any, layer: Any) -> tuple[Array, Any]:
             return block.extend(
@@ -529,6 +536,7 @@ class Transformer(nnx.Module):
         mask: Array | None = None,
         where: Array | None = None,
         prefix_lengths: Array | None = None,
+        positions: Array | None = None,
         source: Array | None = None,
         source_where: Array | None = None,
         keep: bool = False,
@@ -549,7 +557,16 @@ class Transformer(nnx.Module):
             seen = _prefix_mask(tokens.shape, prefix_lengths)
             mask = seen if mask is None else mask & seen
         is_causal = self.config.architecture in ("decoder", "encoder_decoder")
-        x = self._embedded(tokens, where=where)
+        given = {}
+        if positions is not None:
+            if "alibi" in (self.config.positions or ""):
+                raise ValueError(
+                    "positions must be None for distances in the order of the tokens "
+                    f"({self.config.positions!r})"
+                )
+            check_shape(tokens.shape, positions=positions)
+            given["positions"] = positions
+        x = self._embedded(tokens, positions, where=where)
         return self._through(
             self.blocks,
             x,
@@ -561,6 +578,7 @@ class Transformer(nnx.Module):
             memory=memory,
             memory_mask=memory_mask,
             keep=keep,
+            **given,
         )
 
     def _embedded(

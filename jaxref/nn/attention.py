@@ -162,15 +162,17 @@ class MultiHeadAttention(nnx.Module):
         context: Array | None = None,
         mask: Array | None = None,
         is_causal: bool = False,
+        positions: Array | None = None,
     ) -> Array:
         """Attends within `x [batch, length, features]`, or from it over a context.
 
         `context` is `[batch, k_len, features]`. `mask` is boolean, broadcastable to
         `[batch, heads, length, k_len]`, True where a query (third axis) may see a key (fourth);
-        `is_causal` hides the keys that follow the query.
+        `is_causal` hides the keys that follow the query. `positions [batch, length]` say where the
+        tokens of `x` stand, for rotary ones; they count from 0 by default.
         """
-        query = self._query(x, None)
-        key, value = self.remember(x if context is None else context)
+        query = self._query(x, positions)
+        key, value = self.remember(x, positions) if context is None else self.remember(context)
         return self.output(self.attend(query, key, value, mask=mask, is_causal=is_causal))
 
     def attend(

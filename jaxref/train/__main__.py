@@ -7,6 +7,9 @@ Modes
   sample    prints text from the newest checkpoint
   quantize  writes the newest checkpoint's model with linear layers in few bits, and prints what
             that did; eval and sample run it when they are given the same --config.quantize.*
+  align     goes on from the newest checkpoint, learning from rewards of what the model writes:
+            whether it parses; the outcome is a run of its own, WORKDIR/aligned/METHOD
+  unlearn   goes on from it, forgetting some files; likewise, WORKDIR/unlearned/METHOD
   report    writes WORKDIR/report.html: what the run is, how far it is, its curves
 
 Configuration
@@ -25,6 +28,11 @@ Configuration
                                data.as_series=True read row by row;
                                of series: seasons, series:FILE (commas between numbers, a line for
                                each step); also data.context_length, data.horizon, data.period
+  --config.data.exclude=PATTERN  files of text not to train on, such as json/*.py
+  --config.objective=NAME      what is learned of text: next_token, or, as in configs/
+                               lm_objectives.py, goldfish, emo, reweighted, prior, electra,
+                               codegen_mixture or glm_blank, with the arguments of its function in
+                               jaxref.train.objectives, as in --config.objective.k=3
   --config.sample.prompt=TEXT  what a sample continues; also sample.length, and how it is drawn:
                                sample.temperature, sample.top_k, sample.top_p, and what the model
                                remembers: sample.cache, full or staircase
@@ -32,6 +40,11 @@ Configuration
                                pyramid, adaptive_rounding, power, nupes or ternary; how many bits,
                                and inputs to a scale: quantize.bits, quantize.block_size (0: all);
                                and quantize.low_rank makes up for the error
+  --config.align.method=NAME   grpo, hapo, d3s, pcpg, dpo or f_dpo; also align.steps, align.prompts
+                               and align.samples (of each, a step), align.learning_rate, ...
+  --config.unlearn.method=NAME salun, loreun, flat or gradient_ascent; unlearn.files is a pattern
+                               of what to forget, unlearn.retrained the directory of a run that
+                               never saw it, with which to end alike
   --config.mesh.AXIS=N         how many devices share what: data (the batch), fsdp (parameters too),
                                tensor (heads, hidden units, vocabulary), sequence (the tokens of
                                each sequence), expert (the experts of a mixture); -1 for all that
@@ -55,6 +68,9 @@ Examples
   python -m jaxref.train --mode=quantize --workdir=runs/notes --config.quantize.method=gptq
   python -m jaxref.train --mode=eval --workdir=runs/notes --config.quantize.method=gptq
   python -m jaxref.train --mode=report --workdir=runs/notes
+  python -m jaxref.train --config=configs/lm_objectives.py --config.objective=electra
+  python -m jaxref.train --mode=align --workdir=runs/code --config.align.method=hapo
+  python -m jaxref.train --mode=unlearn --workdir=runs/code --config.unlearn.files='json/*.py'
   python -m jaxref.train --config=configs/digits.py
   python -m jaxref.train --config=configs/digits.py --config.data.name=images:~/fashion-mnist
   python -m jaxref.train --config=configs/forecast.py --config.model.name=CARD
@@ -77,7 +93,10 @@ _WORKDIR = flags.DEFINE_string(
     "Google Cloud Storage, gs://BUCKET/PATH. Default: one for each configuration, under ./runs.",
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "sample", "quantize", "report"], "What to do."
+    "mode",
+    "train",
+    ["train", "eval", "sample", "quantize", "align", "unlearn", "report"],
+    "What to do.",
 )
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file that defines get_config(). Single keys: --config.KEY=VALUE."
@@ -137,10 +156,9 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(overrides: list[str]) -> None:
     """Does what the flags ask for, with the configuration's keys in `overrides` changed."""
-    from jaxref.train import loop, quantize, report
-    from jaxref.train.config import ConfigError, from_json, load_config, with_overrides
+    from jaxref.train import align, loop, quantize, report, unlearn
+    from jaxref.train.config import ConfigError, load_config, saved_config, with_overrides
     from jaxref.train.observe import steps_to_profile
-    from jaxref.train.places import only_os_errors
 
     if _PROFILE.value is not None and _MODE.value != "train":
         raise ConfigError(f"--profile is of a training, and --mode={_MODE.value} is none")
@@ -151,17 +169,18 @@ def main(overrides: list[str]) -> None:
         _connect(config, workdir)
         loop.train(config, workdir, profile)
         return
-    saved = workdir / "config.json"
-    with only_os_errors(saved):
-        if not saved.is_file():
-            raise FileNotFoundError(f"{workdir} is not the working directory of a run")
-        text = saved.read_text()
-    config = with_overrides(from_json(text), overrides)
+    config = with_overrides(saved_config(workdir), overrides)
     if _MODE.value == "report":
         report.report(config, workdir)
         return
     _connect(config, workdir)
-    modes = {"eval": loop.evaluate, "sample": loop.print_sample, "quantize": quantize.quantize}
+    modes = {
+        "eval": loop.evaluate,
+        "sample": loop.print_sample,
+        "quantize": quantize.quantize,
+        "align": align.align,
+        "unlearn": unlearn.unlearn,
+    }
     modes[_MODE.value](config, workdir)
 
 

@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from jaxref.nn.losses import keeps_something
 from jaxref.train.config import ConfigError, resolve
-from jaxref.train.losses import reads_one_score
+from jaxref.train.losses import build_loss, reads_one_score
 from jaxref.train.methods.frame import Method, from_transformation
+from jaxref.train.objectives.frame import Objective
 
 
 def build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
@@ -19,6 +20,8 @@ def build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
     follows = dict.fromkeys(sizes, "the data")
     if "max_length" in sizes:
         follows |= {"vocab_size": "data.vocab_size", "max_length": "length"}
+    if "architecture" in sizes:
+        follows["architecture"] = "objective.name"
     made = resolve(config, "model", follows | {"dtype": "dtype"})
     asked = inspect.signature(made).parameters
     missing = [name for name in sizes if name not in asked]
@@ -29,6 +32,29 @@ def build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
             f"data.name={config.data.name} is: it takes no {' and no '.join(missing)}"
         )
     return made(**sizes, dtype=jnp.dtype(config.dtype))
+
+
+def build_objective(config: ConfigDict, vocab_size: int | None) -> Objective:
+    """What is learned, of text with so many ids, or, without, of labels or numbers."""
+    name = config.objective.name
+    if vocab_size is None and name != "next_token":
+        raise ConfigError(
+            f"objective.name={name} is of text, and data.name={config.data.name} is none; choose "
+            "next_token"
+        )
+    given = {
+        "token_losses": build_loss(config),
+        "vocab_size": vocab_size,
+        "steps": config.steps,
+    }
+    made = resolve(config, "objective", dict.fromkeys(given, "the run"))
+    asked = inspect.signature(made).parameters
+    if "token_losses" not in asked and config.loss.name != "linear_softmax_cross_entropy":
+        raise ConfigError(
+            f"objective.name={name} has losses of its own: leave loss.name as it is, got "
+            f"{config.loss.name!r}"
+        )
+    return made(**{key: value for key, value in given.items() if key in asked})
 
 
 def kind_of_data(sizes: dict[str, Any]) -> str:
@@ -88,8 +114,14 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
     return schedule(**{k: v for k, v in lengths.items() if k in asked and k not in config.schedule})
 
 
-def build_method(config: ConfigDict, schedule: optax.Schedule, **given: Any) -> Method:
-    """The training method: an optimizer behind clipping by global norm, or one of
+def build_method(
+    config: ConfigDict,
+    schedule: optax.Schedule,
+    *,
+    last: optax.GradientTransformation | None = None,
+    **given: Any,
+) -> Method:
+    """The training method: an optimizer between clipping by global norm and `last`, or one of
     `jaxref.train.methods`, which is given what it asks for by name."""
     given = {"learning_rate": schedule, "clip_norm": config.clip_norm} | given
     optimizer = resolve(
@@ -101,4 +133,11 @@ def build_method(config: ConfigDict, schedule: optax.Schedule, **given: Any) -> 
     if "num_examples" in asked and given["num_examples"] is None:
         raise ValueError(f"num_examples must be given for {config.optimizer.name}, got None")
     made = optimizer(**{name: value for name, value in given.items() if name in asked})
+    if last is not None:
+        if isinstance(made, Method):
+            raise ConfigError(
+                f"optimizer.name={config.optimizer.name} moves the parameters in its own way, and "
+                "some of them are not to be moved; choose an optimizer of one gradient"
+            )
+        made = optax.chain(made, last)
     return made if isinstance(made, Method) else from_transformation(made, config.clip_norm)

@@ -16,7 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
+
+from jaxref.train.places import only_os_errors
 
 ROOMS: dict[str, tuple[str, ...]] = {
     "model": ("jaxref.models",),
@@ -28,7 +31,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "model.mlp": ("jaxref.nn",),
     "model.activation": ("jax.nn", "jaxref.nn"),
     "model.conv": ("jaxref.nn",),
+    "objective": ("jaxref.train.objectives",),
     "loss": ("jaxref.kernels", "jaxref.losses", "optax.losses"),
+    "align.method": ("jaxref.train.alignment",),
+    "align.reward": ("jaxref.train.rewards",),
+    "unlearn.method": ("jaxref.train.unlearning",),
     "optimizer": ("jaxref.train.methods", "jaxref.optimizers", "optax"),
     "optimizer.base": ("jaxref.optimizers", "optax"),
     "optimizer.compressor": ("jaxref.optimizers",),
@@ -52,6 +59,8 @@ FREE_KEYS = (
     "max_nonfinite_steps",
     "sample",
     "quantize",
+    "align",
+    "unlearn",
 )
 """What may change when a run is resumed: it has no part in the parameters that come out."""
 
@@ -91,7 +100,8 @@ def with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     Args:
       config: the configuration.
       overrides: `"a.b=value"` each, later ones win. Where a string stands, the value is the text
-        itself; elsewhere it is a Python literal, or else a string.
+        itself; elsewhere it is a Python literal, or else a string. A component's section is given
+        its name: "objective=goldfish" is "objective.name=goldfish".
 
     Raises:
       ConfigError: as `load_config`.
@@ -146,7 +156,7 @@ def resolve(
 def from_json(text: str) -> ConfigDict:
     """The configuration that `config.json` of a working directory holds.
 
-    Sections of `FREE_KEYS` that it does not have, being older, are the main job's.
+    Sections that it does not have, being older, are the main job's.
 
     Raises:
       ConfigError: the text is not valid JSON.
@@ -158,9 +168,29 @@ def from_json(text: str) -> ConfigDict:
     except ValueError as error:
         raise ConfigError(f"config.json of the workdir is not valid JSON: {error}") from error
     for key, value in get_config().items():
-        if key in FREE_KEYS and key not in config:
+        if key not in config:
             config[key] = value
     return config
+
+
+def saved_config(workdir: epath.Path) -> ConfigDict:
+    """The configuration of the run that a directory belongs to.
+
+    Raises:
+      FileNotFoundError: it is no run's.
+      ConfigError: as `from_json`.
+    """
+    saved = workdir / "config.json"
+    with only_os_errors(saved):
+        if not saved.is_file():
+            raise FileNotFoundError(f"{workdir} is not the working directory of a run")
+        return from_json(saved.read_text())
+
+
+def learned(config: ConfigDict) -> str:
+    """What a run learns, by name: its objective, or the loss of that."""
+    is_plain = config.objective.name == "next_token"
+    return config.loss.name if is_plain else config.objective.name
 
 
 def _lookup(name: str | None, section: str) -> Callable[..., Any]:
@@ -210,7 +240,7 @@ def _nested(overrides: Sequence[str]) -> dict[str, Any]:
         dotted, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"--config.{dotted} needs a value: --config.{dotted}=VALUE")
-        *parents, last = dotted.split(".")
+        *parents, last = (f"{dotted}.name" if dotted in ROOMS else dotted).split(".")
         node = tree
         for key in parents:
             node = node.setdefault(key, {})

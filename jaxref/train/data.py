@@ -6,6 +6,7 @@ of windows of them: window i holds the `length + 1` tokens from `i * length` on,
 target once.
 """
 
+import fnmatch
 import glob
 import hashlib
 import math
@@ -38,6 +39,9 @@ _SKIPPED_DIRECTORIES = {
 }
 _CHECKED_AT_ONCE = 2**24
 
+_Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""To train on, excluded, and held out."""
+
 
 class Corpus(NamedTuple):
     """Token ids to train on and to validate on.
@@ -45,6 +49,7 @@ class Corpus(NamedTuple):
     Attributes:
       train: 1-D array of uint8, uint16 or uint32 ids; read-only, in memory or memory-mapped.
       validation: the held-out ids, likewise.
+      excluded: ids of the files that would be in `train` if they were not left out, likewise.
       vocab_size: every id is below it.
       is_bytes: whether an id is a byte, so that `tokens.tobytes()` is text.
       description: where the tokens come from, in a few words.
@@ -55,6 +60,7 @@ class Corpus(NamedTuple):
 
     train: np.ndarray
     validation: np.ndarray
+    excluded: np.ndarray
     vocab_size: int
     is_bytes: bool
     description: str
@@ -111,6 +117,7 @@ def load_corpus(
     validation_fraction: float = 0.05,
     vocab_size: int | None = None,
     token_dtype: str = "uint16",
+    exclude: str = "",
     **images: Any,
 ) -> Corpus:
     """The corpus that a name stands for, split into training and validation tokens.
@@ -134,6 +141,8 @@ def load_corpus(
       vocab_size: number of different ids, at most 2**31. Default 256 for bytes; `tokens:FILE`
         must give it.
       token_dtype: "uint16" or "uint32", the type of the ids of `tokens:FILE`.
+      exclude: a pattern of relative paths, as of `fnmatch`, of files not to train on. What is held
+        out stays the same. "" leaves out none.
       **images: what belongs to images; ignored.
 
     Returns:
@@ -141,7 +150,8 @@ def load_corpus(
 
     Raises:
       ValueError: a name of none of the forms, an argument out of range, files that are all empty,
-        a token file of an odd size, or an id of `vocab_size` or more, with its position.
+        a token file of an odd size, an id of `vocab_size` or more, with its position, or a pattern
+        that leaves out nothing, or all.
       FileNotFoundError: nothing matches the glob, or there is no such token file.
 
     Example:
@@ -154,10 +164,13 @@ def load_corpus(
     if vocab_size is not None:
         check_interval(1, 2**31, vocab_size=vocab_size)
     source, _, where = name.partition(":")
+    excluded = np.zeros(0, np.uint8)
     if name == "python_stdlib":
-        train, validation, description = _load_python_stdlib(validation_fraction)
+        parts, description = _load_python_stdlib(validation_fraction, exclude)
+        train, excluded, validation = parts
     elif source == "text" and where:
-        train, validation, description = _load_text(where, validation_fraction)
+        parts, description = _load_text(where, validation_fraction, exclude)
+        train, excluded, validation = parts
     elif source == "tokens" and where:
         if vocab_size is None:
             raise ValueError(f"{name} needs vocab_size, the number of different token ids")
@@ -172,7 +185,10 @@ def load_corpus(
     vocab_size = 256 if vocab_size is None else vocab_size
     for part, tokens in (("training", train), ("validation", validation)):
         _check_ids(tokens, vocab_size, f"the {part} tokens of {name}")
-    return Corpus(train, validation, vocab_size, is_bytes, description)
+    if exclude and not (excluded.size and train.size):
+        which = "leaves nothing of" if excluded.size else "matches no file to train on of"
+        raise ValueError(f"exclude={exclude!r} {which} {name}")
+    return Corpus(train, validation, excluded, vocab_size, is_bytes, description)
 
 
 def train_batches(
@@ -398,7 +414,7 @@ def _inputs_and_targets(windows: np.ndarray) -> Batch:
     }
 
 
-def _load_python_stdlib(validation_fraction: float) -> tuple[np.ndarray, np.ndarray, str]:
+def _load_python_stdlib(validation_fraction: float, exclude: str) -> tuple[_Parts, str]:
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for directory, subdirectories, names in os.walk(root):
@@ -408,10 +424,11 @@ def _load_python_stdlib(validation_fraction: float) -> tuple[np.ndarray, np.ndar
     if not texts:
         raise FileNotFoundError(f"the standard library in {root} has no Python source files")
     description = f"source of the Python {platform.python_version()} standard library"
-    return *_split_by_file(texts, validation_fraction), f"{description}, {len(texts)} files"
+    parts = _split_by_file(texts, validation_fraction, exclude)
+    return parts, f"{description}, {len(texts)} files"
 
 
-def _load_text(pattern: str, validation_fraction: float) -> tuple[np.ndarray, np.ndarray, str]:
+def _load_text(pattern: str, validation_fraction: float, exclude: str) -> tuple[_Parts, str]:
     expanded = os.path.expanduser(pattern)
     files = [Path(match) for match in set(glob.glob(expanded, recursive=True))]
     if not any(file.is_file() for file in files):
@@ -422,9 +439,11 @@ def _load_text(pattern: str, validation_fraction: float) -> tuple[np.ndarray, np
     description = f"text of {pattern}, {len(files)} file{'s' if len(files) > 1 else ''}"
     if len(files) == 1:
         tokens = np.memmap(files[0], np.uint8, "r")
-        return *_split_tail(tokens, validation_fraction), description
+        train, validation = _split_tail(tokens, validation_fraction)
+        return (train, tokens[:0], validation), description
     fixed = takewhile(lambda part: not any(c in part for c in "*?["), Path(expanded).parts)
-    return *_split_by_file(_read(files, Path(*fixed)), validation_fraction), description
+    texts = _read(files, Path(*fixed))
+    return _split_by_file(texts, validation_fraction, exclude), description
 
 
 def _with_content(files: Sequence[Path]) -> list[Path]:
@@ -437,7 +456,7 @@ def _read(files: Sequence[Path], root: Path) -> dict[str, bytes]:
     return dict(sorted(texts.items()))
 
 
-def _split_by_file(texts: dict[str, bytes], fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def _split_by_file(texts: dict[str, bytes], fraction: float, exclude: str) -> _Parts:
     target = fraction * sum(map(len, texts.values()))
     room, held_out = target, set()
     for path in sorted(texts, key=lambda path: hashlib.sha256(os.fsencode(path)).digest()):
@@ -445,10 +464,20 @@ def _split_by_file(texts: dict[str, bytes], fraction: float) -> tuple[np.ndarray
             held_out.add(path)
             room -= len(texts[path])
     if room > target / 2:
-        return _split_tail(_join(list(texts.values())), fraction)
-    train = [text for path, text in texts.items() if path not in held_out]
-    validation = [text for path, text in texts.items() if path in held_out]
-    return _join(train), _join(validation)
+        cut, validation = _split_tail(_join(list(texts.values())), fraction)
+        if not exclude:
+            return cut, cut[:0], validation
+        train, start = {}, 0
+        for path, text in texts.items():
+            train[path] = text[: max(len(cut) - start, 0)]
+            start += len(text) + len(_SEPARATOR)
+        train = {path: text for path, text in train.items() if text}
+    else:
+        train = {path: text for path, text in texts.items() if path not in held_out}
+        validation = _join([text for path, text in texts.items() if path in held_out])
+    out = {path for path in train if fnmatch.fnmatch(path, exclude)}
+    kept = [text for path, text in train.items() if path not in out]
+    return _join(kept), _join([train[path] for path in train if path in out]), validation
 
 
 def _join(texts: Sequence[bytes]) -> np.ndarray:

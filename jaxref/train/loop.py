@@ -4,30 +4,29 @@ import contextlib
 import hashlib
 import json
 import math
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from etils.epath import Path
 from grain import DatasetIterator
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from jaxref.train.checkpoints import CheckpointError, Checkpoints
-from jaxref.train.config import FREE_KEYS, ConfigError
+from jaxref.train.config import FREE_KEYS, ConfigError, learned, saved_config
 from jaxref.train.data import Corpus, load_corpus
-from jaxref.train.distributed import agreed_termination, first_process
+from jaxref.train.distributed import first_process
 from jaxref.train.images import ImageSet, load_images
-from jaxref.train.losses import class_logits
+from jaxref.train.losses import TokenLoss, class_logits, token_cross_entropy
 from jaxref.train.observe import NO_STEPS, Stopwatch, Trace, facts, seconds_at_peak
 from jaxref.train.outcomes import save_forecast_plot, save_prediction_plot
+from jaxref.train.places import place
 from jaxref.train.program import Batch, Program, TrainState, build
+from jaxref.train.progress import progress_bar, termination
 from jaxref.train.quantized import directory, load_quantized, run_quantized
 from jaxref.train.records import (
     Records,
@@ -41,6 +40,8 @@ from jaxref.train.sampling import check_request, sample
 from jaxref.train.series import SeriesSet, load_series
 
 Data = Corpus | ImageSet | SeriesSet
+
+_SAMPLE = "sample.txt"
 
 
 class NonFiniteError(RuntimeError):
@@ -80,7 +81,11 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
     program = build_program(config, data)
     validation = Validation(config, data, program)
     batches = training_batches(config, data, program.rows)
-    if isinstance(data, Corpus):  # what is wrong should show now, not after the training
+    prepare = _with_reference(config, program)
+    outcome = _outcome(data, program)
+    if (
+        isinstance(data, Corpus) and outcome == _SAMPLE
+    ):  # what is wrong should show now, not after the training
         prompt_tokens(config, data)
         _check_generates(config, program)
     workdir = open_workdir(workdir)
@@ -93,7 +98,7 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
         else:
             state, start = restored
         _introduce(config, data, program, state, workdir)
-        if start >= config.steps and (workdir / _outcome(data)).exists():
+        if start >= config.steps and (workdir / outcome).exists():
             described = validation.describe(**_last_validation(workdir, validation, state))
             print(f"This run is finished ({start} steps): validation {described}")
             return
@@ -112,6 +117,7 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
             checkpoints,
             workdir,
             batches,
+            prepare,
             state,
             start,
             profile,
@@ -121,14 +127,14 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
         return
     primary = jax.process_index() == 0
     if primary:
-        plot = save_loss_plot(workdir, baselines=validation.baselines, measure=data.measure)
+        plot = save_loss_plot(workdir, baselines=validation.baselines, measure=validation.unit)
         print(f"Loss curve: {plot}")
-    outcome = workdir / _outcome(data)
     if isinstance(data, Corpus):
-        text = _sampled_text(config, data, program, state)
-        if primary:
-            write_text_atomic(outcome, text + "\n")
-        print(f"Sample ({outcome}):\n{text}")
+        if outcome == _SAMPLE:
+            text = _sampled_text(config, data, program, state)
+            if primary:
+                write_text_atomic(workdir / outcome, text + "\n")
+            print(f"Sample ({workdir / outcome}):\n{text}")
     else:
         inputs, targets = _shown(data)
         predicted = _predictions(program, state, inputs)
@@ -137,7 +143,7 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
             save_prediction_plot(workdir, images, targets, predicted.argmax(axis=-1))
         elif primary:
             save_forecast_plot(workdir, inputs, targets, predicted)
-        print(f"Predictions: {outcome}")
+        print(f"Predictions: {workdir / outcome}")
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> None:
@@ -166,6 +172,11 @@ def print_sample(config: ConfigDict, workdir: Path) -> None:
     if not isinstance(data, Corpus):
         raise ConfigError(f"--mode=sample is for text, and data.name={config.data.name} is none")
     program, state, _ = _trained(config, data, workdir)
+    if not program.objective.generates:
+        raise ConfigError(
+            f"--mode=sample is for models that write, and objective.name={config.objective.name} "
+            "trains one that reads"
+        )
     print(_sampled_text(config, data, program, state))
 
 
@@ -201,13 +212,16 @@ class Validation:
     """The held-out data of a run, and the losses that need no model to compare with.
 
     Attributes:
-      baselines: losses by name, on the very data that is evaluated.
+      unit: what a loss is: nats per byte, say.
+      baselines: losses by name, on the very data that is evaluated; none for an objective that
+        measures otherwise.
     """
 
     def __init__(self, config: ConfigDict, data: Data, program: Program):
         self._program = program
-        self._measure = data.measure
-        batches, self.baselines = data.held_out(config)
+        self.unit = program.objective.measure or data.measure
+        batches, baselines = data.held_out(config)
+        self.baselines = {} if program.objective.measure else baselines
         rows = program.rows
         self._batches = [{name: array[rows] for name, array in b.items()} for b in batches]
 
@@ -232,14 +246,14 @@ class Validation:
 
     def describe(self, loss: float, accuracy: float | None = None) -> str:
         """The measurement beside the baselines, nats in bits, too."""
-        in_nats = self._measure.startswith("nats")
+        in_nats = self.unit.startswith("nats")
 
         def number(loss: float, nats: str = "", bits: str = "") -> str:
             return f"{loss:.3f}{nats}" + in_nats * f" / {loss / math.log(2):.3f}{bits}"
 
         beside = ", ".join(f"{name} {number(loss)}" for name, loss in self.baselines.items())
         shown = number(loss, " nats", " bits") if in_nats else number(loss)
-        text = f"{shown} {self._measure.removeprefix('nats ')} ({beside})"
+        text = f"{shown} {self.unit.removeprefix('nats ')}" + f" ({beside})" * bool(beside)
         return text if accuracy is None else f"{text}, {accuracy:.1%} right"
 
 
@@ -251,6 +265,7 @@ def _run(
     checkpoints: Checkpoints,
     workdir: Path,
     batches: DatasetIterator,
+    prepare: Callable[[Batch], Batch],
     state: TrainState,
     start: int,
     profile: range,
@@ -265,8 +280,8 @@ def _run(
         if records is not None:
             records.write_start(facts(program, state, data, validation.baselines))
         trace = stack.enter_context(Trace(workdir / "profile", profile if primary else NO_STEPS))
-        terminated = stack.enter_context(_termination())
-        bar = stack.enter_context(_progress_bar(start, config.steps, disable=not primary))
+        terminated = stack.enter_context(termination())
+        bar = stack.enter_context(progress_bar(start, config.steps, disable=not primary))
         watch, logged = Stopwatch(), start
         for step in range(start + 1, config.steps + 1):
             if trace.turns_before(step):
@@ -274,7 +289,7 @@ def _run(
                     trace.turn()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 with watch.measure("input"):
-                    batch = program.put(next(batches))
+                    batch = prepare(program.put(next(batches)))
                 if config.norms_every and step % config.norms_every == 0:
                     with watch.measure("aside", after=state):
                         _write_norms(step, program.norms(state, batch), records)
@@ -314,42 +329,6 @@ def _run(
             if stop:
                 break
     return state, step
-
-
-def _progress_bar(start: int, steps: int, *, disable: bool) -> tqdm:
-    return tqdm(
-        total=steps,
-        initial=start,
-        disable=disable,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        bar_format="{percentage:3.0f}%|{bar}| step {n}/{total} [{elapsed}<{remaining}{postfix}]",
-    )
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[Callable[[int], bool]]:
-    """Within this context the first SIGTERM or Ctrl-C ends nothing; the function that it gives says
-    after each step if one came. A second one acts as ever. Several processes agree on the step."""
-    if jax.distributed.is_initialized():
-        with agreed_termination() as after:
-            yield after
-        return
-    received = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda _: received.is_set()  # only the main thread may handle signals
-        return
-
-    def receive(number: int, _: object) -> None:
-        received.set()
-        signal.signal(number, previous[signal.Signals(number)])
-
-    previous = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda _: received.is_set()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _stop_if_nonfinite(
@@ -409,9 +388,15 @@ def load(config: ConfigDict) -> Data:
     )
 
 
-def build_program(config: ConfigDict, data: Data) -> Program:
-    """The program of a run on the data."""
-    return build(config, **data.sizes(config))
+def build_program(
+    config: ConfigDict,
+    data: Data,
+    *,
+    losses: TokenLoss | None = None,
+    last: optax.GradientTransformation | None = None,
+) -> Program:
+    """The program of a run on the data, with `losses` and `last` as for `build`."""
+    return build(config, **data.sizes(config), losses=losses, last=last)
 
 
 def training_batches(
@@ -435,15 +420,15 @@ def _introduce(
         f"Model: {config.model.name} with {parameters:,} parameters on {program.mesh.size} "
         f"{jax.devices()[0].platform} device(s) {used or ''}\n"
         f"Training: {config.steps} steps of {count:,} {per_second.partition('_')[0]}, "
-        f"{config.optimizer.name}, {config.loss.name}",
+        f"{config.optimizer.name}, {learned(config)}",
         flush=True,
     )
 
 
-def _outcome(data: Data) -> str:
+def _outcome(data: Data, program: Program) -> str:
     """The file that a finished run leaves last."""
     if isinstance(data, Corpus):
-        return "sample.txt"
+        return "loss.png" if not program.objective.generates else _SAMPLE
     return "predictions.png" if isinstance(data, ImageSet) else "forecasts.png"
 
 
@@ -509,6 +494,43 @@ def _choices(options: ConfigDict) -> dict[str, Any]:
     return {name: options[name] for name in ("temperature", "top_k", "top_p", "cache")}
 
 
+def _with_reference(config: ConfigDict, program: Program) -> Callable[[Batch], Batch]:
+    """Adds what the objective asks of a reference model: its log-probabilities of the targets."""
+    workdir = program.objective.reference
+    if not workdir:
+        return lambda batch: batch
+    scored, state = reference(config, place(workdir))
+
+    @jax.jit
+    def log_probs(params: Any, model_state: Any, batch: Batch) -> Any:
+        return -token_cross_entropy(scored.model(params, model_state), batch)
+
+    def with_reference(batch: Batch) -> Batch:
+        found = log_probs(state.params, state.model_state, batch)
+        return batch | {"reference_log_probs": found}
+
+    return with_reference
+
+
+def reference(config: ConfigDict, workdir: Path) -> tuple[Program, TrainState]:
+    """The model of another run on the same devices and windows, and its newest state.
+
+    Raises:
+      ConfigError: its data or windows are others.
+      CheckpointError: there is no checkpoint that can be read.
+    """
+    other = saved_config(workdir)
+    for key in ("length", "batch_size"):
+        if other[key] != config[key]:
+            raise ConfigError(
+                f"{key} must be that of the reference {workdir}, {other[key]}, got {config[key]}"
+            )
+    other.mesh, other.rules = config.mesh, config.rules
+    data = load(other)
+    program = build_program(other, data)
+    return program, restore(other, data, program, workdir)[0]
+
+
 def _sampled_text(config: ConfigDict, corpus: Corpus, program: Program, state: TrainState) -> str:
     """A sample as text; for a corpus that is not bytes, its ids."""
     options = config.sample
@@ -516,10 +538,12 @@ def _sampled_text(config: ConfigDict, corpus: Corpus, program: Program, state: T
     tokens = sample(
         program.model(params, state.model_state),
         prompt_tokens(config, corpus),
+        asked=program.objective.asked,
         length=options.length,
         key=jax.random.key(options.seed),
         **_choices(options),
     )
+    tokens = tokens[tokens < corpus.vocab_size]
     if corpus.is_bytes:
         return tokens.astype(np.uint8).tobytes().decode(errors="replace")
     return " ".join(map(str, tokens))

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from jaxref.nn.losses import keeps_something
+from jaxref.kernels import linear_softmax_cross_entropy, linear_softmax_entropy
+from jaxref.nn.losses import OutputOfLoss, keeps_something
 from jaxref.parallel import on_shards, split_over
 from jaxref.train.config import ConfigError, resolve
 from jaxref.train.methods.frame import Batch
@@ -38,15 +40,60 @@ def build_loss(config: ConfigDict) -> TokenLoss:
         if "indices" in parameters:
             keywords["indices"] = batch["ids"]
         if "hidden" in parameters:
-            hidden = model.hidden(batch["inputs"], key=key)
+            hidden = model.hidden(batch["inputs"], key=key, **how_read(batch))
             if keeps_something(function):
                 return model.loss(hidden, batch["targets"], **keywords)
             return of_states(hidden, model.output_kernel(), batch["targets"], **keywords)
-        predictions = _predictions(parameters, model(batch["inputs"], key=key))
+        logits = model(batch["inputs"], key=key, **how_read(batch))
+        predictions = _predictions(parameters, logits)
         called = model.loss if keeps_something(function) else function
         return called(predictions, batch["targets"], **keywords)
 
     return loss
+
+
+def how_read(batch: Batch) -> dict[str, Array]:
+    """What a batch says of how its inputs are to be read: arguments of a `Transformer`'s call."""
+    return {name: batch[name] for name in ("prefix_lengths", "positions") if name in batch}
+
+
+def token_cross_entropy(model: Any, batch: Batch) -> Array:
+    """-log p of each target of a language model in float32, `[rows, length]`, 0 where
+    `batch["where"]`, if there is one, is False; the logits never exist as a whole."""
+    return _of_states(model, _states(model, batch), batch)
+
+
+def token_cross_entropy_and_entropy(model: Any, batch: Batch) -> tuple[Array, Array]:
+    """`token_cross_entropy`, and the entropy of each token's prediction, without gradient."""
+    hidden = _states(model, batch)
+    if isinstance(model.output, OutputOfLoss):
+        log_p = jax.lax.stop_gradient(model.logits(hidden))
+        entropy = jnp.sum(jax.scipy.special.entr(jnp.exp(log_p)), axis=-1)
+    else:
+
+        def of_all(hidden: Array, kernel: Array, targets: Array, **options: Any) -> Array:
+            del targets  # the entropy is that of all tokens
+            return linear_softmax_entropy(hidden, kernel, **options)
+
+        entropies = spread_over_vocabulary(of_all)
+        where = batch.get("where")
+        entropy = entropies(hidden, model.output_kernel(), batch["targets"], where)
+    return _of_states(model, hidden, batch), entropy
+
+
+def _states(model: Any, batch: Batch) -> Array:
+    hidden = model.hidden(batch["inputs"], **how_read(batch))
+    return hidden.astype(jnp.float32)  # losses have the type of these
+
+
+def _of_states(model: Any, hidden: Array, batch: Batch) -> Array:
+    if isinstance(model.output, OutputOfLoss):
+        nats = optax.losses.softmax_cross_entropy_with_integer_labels(
+            model.logits(hidden), batch["targets"]
+        )
+        return jnp.where(batch.get("where", True), nats, 0.0)
+    cross_entropy = spread_over_vocabulary(linear_softmax_cross_entropy)
+    return cross_entropy(hidden, model.output_kernel(), batch["targets"], batch.get("where"))
 
 
 def _predictions(asked: Iterable[str], logits: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,6 +124,118 @@ def save_forecast_plot(
       The path of the picture.
     """
     return _save(workdir, "forecasts.png", plot_forecasts(inputs, targets, predicted))
+
+
+def plot_alignment(
+    metrics: Sequence[Mapping[str, float]],
+    reward: str,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    figure: "Figure | None" = None,
+) -> "Figure":
+    """Draws how the reward of what a model writes went up, and how far it went for that.
+
+    Args:
+      metrics: the records of the steps, with "step", "reward" and "divergence".
+      reward: what the reward is called.
+      before, after: "reward" and "divergence" on held-out prompts.
+      figure: matplotlib figure. Default: a new one.
+
+    Returns:
+      The figure.
+    """
+    figure = new_figure() if figure is None else figure
+    figure.set_size_inches(7.5, 5.2)
+    steps = [row["step"] for row in metrics]
+    panels = figure.subplots(2, 1, sharex=True)
+    for panel, name, label in zip(
+        panels, ("reward", "divergence"), (reward, "KL from the start,\nnats per body")
+    ):
+        values = np.array([row[name] for row in metrics])
+        panel.plot(steps, values, color="tab:blue", linewidth=1.4, label="training prompts")
+        ends = [steps[0] - 1, steps[-1]]
+        panel.plot(ends, [before[name], after[name]], "o", color="tab:orange", label="held out")
+        panel.set_ylabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(0, max(1.0, panels[0].get_ylim()[1]))
+    panels[1].set_xlabel("step")
+    panels[0].legend(frameon=False, loc="lower right")
+    figure.suptitle(
+        f"{reward}: {before['reward']:.0%} before, {after['reward']:.0%} after, on held-out prompts"
+    )
+    return figure
+
+
+def save_alignment_plot(
+    workdir: str | os.PathLike,
+    metrics: Sequence[Mapping[str, float]],
+    reward: str,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> epath.Path:
+    """Draws `plot_alignment` to the working directory's `alignment.png`.
+
+    Returns:
+      The path of the picture.
+    """
+    return _save(workdir, "alignment.png", plot_alignment(metrics, reward, before, after))
+
+
+def plot_unlearning(
+    metrics: Sequence[Mapping[str, float]],
+    before: Mapping[str, float],
+    retrained: Mapping[str, float] | None = None,
+    *,
+    figure: "Figure | None" = None,
+) -> "Figure":
+    """Draws how the loss of what is forgotten rises, and that of the rest stays.
+
+    Args:
+      metrics: the records of the steps, with "step" and some with "forget" and "retain".
+      before: "forget" and "retain" at the start.
+      retrained: those of a model that never saw what is forgotten; dashed.
+      figure: matplotlib figure. Default: a new one.
+
+    Returns:
+      The figure.
+    """
+    figure = new_figure() if figure is None else figure
+    figure.set_size_inches(7.5, 4)
+    panel = figure.subplots()
+    rows = [row for row in metrics if "forget" in row]
+    steps = [0, *(row["step"] for row in rows)]
+    for name, color in (("forget", "tab:red"), ("retain", "tab:blue")):
+        values = [before[name], *(row[name] for row in rows)]
+        panel.plot(steps, values, "o-", color=color, markersize=3, label=name)
+        if retrained is not None:
+            panel.axhline(
+                retrained[name],
+                color=color,
+                linestyle="--",
+                linewidth=1,
+                label=f"{name}, retrained",
+            )
+    panel.set_xlabel("step")
+    panel.set_ylabel("nats per token")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.suptitle("what is to be forgotten, and the rest")
+    return figure
+
+
+def save_unlearning_plot(
+    workdir: str | os.PathLike,
+    metrics: Sequence[Mapping[str, float]],
+    before: Mapping[str, float],
+    retrained: Mapping[str, float] | None,
+) -> epath.Path:
+    """Draws `plot_unlearning` to the working directory's `unlearning.png`.
+
+    Returns:
+      The path of the picture.
+    """
+    return _save(workdir, "unlearning.png", plot_unlearning(metrics, before, retrained))
 
 
 def _save(workdir: str | os.PathLike, name: str, figure: "Figure") -> epath.Path:

@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxref.core.checks import check_interval
-from jaxref.kernels import linear_softmax_cross_entropy
 from jaxref.nn import AuxiliaryLoss, GradientState, Loss
 from jaxref.nn.losses import OutputOfLoss, keeps_something
 from jaxref.parallel import logical_sharding, make_mesh, mesh_axes, use_rules
@@ -28,16 +27,13 @@ from jaxref.parallel.sharding import Rules
 from jaxref.train.components import (
     build_method,
     build_model_config,
+    build_objective,
     build_schedule,
     check_loss,
 )
 from jaxref.train.config import ConfigError, resolve
-from jaxref.train.losses import (
-    build_loss,
-    build_loss_of_logits,
-    class_logits,
-    spread_over_vocabulary,
-)
+from jaxref.train.evaluation import Evaluation
+from jaxref.train.losses import TokenLoss, build_loss_of_logits
 from jaxref.train.methods.frame import (
     Batch,
     Method,
@@ -45,6 +41,7 @@ from jaxref.train.methods.frame import (
     Params,
     Problem,
 )
+from jaxref.train.objectives.frame import Objective
 
 Merge = Callable[[Params, ModelState], Any]
 
@@ -90,22 +87,6 @@ class Metrics(NamedTuple):
     gradient_norm: Array
 
 
-class Evaluation(NamedTuple):
-    """What a batch adds to the measurement of a model.
-
-    Attributes:
-      loss: cross-entropy in nats, whatever the training loss, summed; of forecasts the squared
-        error, a mean over each.
-      examples: how many tokens, images or forecasts it is the sum over.
-      correct: how many of them the model's most probable class is right for; None for tokens,
-        whose logits are never formed, and forecasts.
-    """
-
-    loss: Array
-    examples: Array
-    correct: Array | None
-
-
 class Program(NamedTuple):
     """A run's functions and where its arrays live.
 
@@ -116,6 +97,7 @@ class Program(NamedTuple):
       mesh: the devices.
       rules: the mesh axes that logical axes are split over.
       schedule: learning rate by step.
+      objective: what is learned.
       state_shardings: `TrainState` of shardings.
       abstract_batch: a batch to train on, as `jax.ShapeDtypeStruct`s with their shardings.
       init: `init(key) -> TrainState`.
@@ -132,11 +114,12 @@ class Program(NamedTuple):
     mesh: Mesh
     rules: Rules
     schedule: optax.Schedule
+    objective: Objective
     state_shardings: TrainState
     abstract_batch: Batch
     init: Callable[[Array], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[..., "Evaluation"]
+    evaluate: Callable[..., Evaluation]
     nonfinite_parameters: Callable[[TrainState, Batch], Any]
     norms: Callable[[TrainState, Batch], Any]
 
@@ -194,6 +177,8 @@ def build(
     context_length: int | None = None,
     horizon: int | None = None,
     channels: int | None = None,
+    losses: TokenLoss | None = None,
+    last: optax.GradientTransformation | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Program:
     """The program that a configuration describes, for text, for images or for series.
@@ -207,6 +192,8 @@ def build(
       num_classes: number of classes, for images and for series that have labels.
       context_length, horizon: steps that are read and steps that are forecast, for series.
       channels: number of series.
+      losses: `losses(model, batch, key)`, to minimise the mean of. Default: the objective's.
+      last: what the optimizer's updates go through at the end. Default: nothing.
       devices: what it runs on, or is compiled for. Default: all that there are.
 
     Raises:
@@ -222,8 +209,15 @@ def build(
     _check_splits(config, mesh, rules, is_text=is_text)
     sizes: dict[str, Any]
     logits_shape: tuple[Any, ...]
+    objective = build_objective(config, vocab_size if is_text else None)
+    if losses is not None:
+        objective = objective._replace(losses=losses, reference="")
+    if vocab_size is not None:
+        vocab_size += objective.special_tokens
     if is_text:
         sizes = {"vocab_size": vocab_size, "max_length": config.length}
+        if objective.architecture is not None:
+            sizes["architecture"] = objective.architecture
         logits_shape = (config.length, vocab_size)
     elif image_shape is not None:
         sizes = {"image_shape": image_shape, "num_classes": num_classes}
@@ -237,7 +231,12 @@ def build(
     model_config = build_model_config(config, sizes)
     schedule = build_schedule(config)
     method = build_method(
-        config, schedule, mesh=mesh, num_examples=num_examples, logits_shape=logits_shape
+        config,
+        schedule,
+        last=last,
+        mesh=mesh,
+        num_examples=num_examples,
+        logits_shape=logits_shape,
     )
 
     loss_function = resolve(config, "loss")
@@ -249,6 +248,8 @@ def build(
         rngs = nnx.Rngs(params=key)
         model = model_config.build(rngs=rngs)
         check_loss(config, model, sizes)
+        if objective.extend is not None:
+            objective.extend(model, rngs)
         if keeps_something(loss_function):  # a part of the model, that it may train and be saved
             model.loss = Loss(
                 loss_function,
@@ -265,7 +266,6 @@ def build(
     graphdef, variables, backward, auxiliary, statistics = split_model(abstract)
     has_state = bool(jax.tree.leaves((backward, statistics)))
     owed = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.to_pure_dict(auxiliary))
-    losses = build_loss(config)
 
     def merge(params: Params, model_state: ModelState) -> Any:
         model: Any = nnx.merge(graphdef, params, *model_state, owed)
@@ -276,7 +276,7 @@ def build(
         params: Params, model_state: ModelState, batch: Batch, key: Array
     ) -> tuple[Array, Any]:
         model = merge(params, model_state)
-        value = losses(model, batch, key)
+        value = objective.losses(model, batch, key)
         *_, auxiliary, statistics = split_model(model)
         for term in jax.tree.leaves(auxiliary):
             value = value + jnp.sum(term)  # stacked layers owe one each
@@ -297,6 +297,12 @@ def build(
 
     def logits(params: Params, batch: Batch, key: Array) -> Array:
         check_stateless()
+        if config.objective.name != "next_token":
+            raise ConfigError(
+                f"optimizer.name={config.optimizer.name} reads logits, and "
+                f"objective.name={config.objective.name} is more than a loss of these; choose "
+                "next_token or an optimizer of one gradient"
+            )
         if jax.tree.leaves(owed):
             raise ConfigError(
                 f"optimizer.name={config.optimizer.name} reads logits and would leave out the "
@@ -335,8 +341,14 @@ def build(
     traced = partial(within, mesh, rules)
     step = make_step(problem, method, average_decay=config.average_decay)
     replicated = NamedSharding(mesh, PartitionSpec())
+
+    def evaluate(params: Params, batch: Batch, model_state: ModelState) -> Evaluation:
+        model = merge(params, model_state)
+        model.eval()
+        return objective.evaluate(model, batch)
+
     measure = jax.jit(
-        traced(partial(evaluate, merge)),
+        traced(evaluate),
         in_shardings=(state_shardings.params, None, state_shardings.model_state),
         out_shardings=replicated,
     )
@@ -352,8 +364,16 @@ def build(
         mesh=mesh,
         rules=rules,
         schedule=schedule,
+        objective=objective,
         state_shardings=state_shardings,
-        abstract_batch=_abstract_batch(config, mesh, rules, image_shape or series_shape, sizes),
+        abstract_batch=_abstract_batch(
+            config,
+            mesh,
+            rules,
+            image_shape or series_shape,
+            sizes,
+            has_reference=bool(objective.reference),
+        ),
         init=jax.jit(init, out_shardings=state_shardings),
         step=jax.jit(
             traced(step),
@@ -396,7 +416,7 @@ def make_step(
             problem._replace(model_state=state.model_state),
             state.params,
             state.opt_state,
-            batch,
+            _at_step(state, batch),
             key,
             state.step,
         )
@@ -425,34 +445,9 @@ def make_step(
     return step
 
 
-def evaluate(merge: Merge, params: Params, batch: Batch, model_state: ModelState) -> Evaluation:
-    """Cross-entropy of a batch, or the squared error of forecasts; `batch["where"]` says which
-    tokens, images or forecasts count."""
-    model = merge(params, model_state)
-    model.eval()
-    if jnp.issubdtype(batch["targets"].dtype, jnp.floating):
-        error = model(batch["inputs"]).astype(jnp.float32) - batch["targets"]
-        squares = jnp.mean(jnp.square(error), axis=(1, 2))
-        return Evaluation(jnp.sum(squares, where=batch["where"]), jnp.sum(batch["where"]), None)
-    if hasattr(model, "hidden"):
-        hidden = model.hidden(batch["inputs"]).astype(jnp.float32)  # losses have the type of these
-        if isinstance(model.output, OutputOfLoss):
-            nats = optax.losses.softmax_cross_entropy_with_integer_labels(
-                model.logits(hidden), batch["targets"]
-            )
-            nats = jnp.where(batch["where"], nats, 0.0)
-        else:
-            cross_entropy = spread_over_vocabulary(linear_softmax_cross_entropy)
-            nats = cross_entropy(hidden, model.output_kernel(), batch["targets"], batch["where"])
-        return Evaluation(jnp.sum(nats, dtype=jnp.float32), jnp.sum(batch["where"]), None)
-    logits = class_logits(model, batch["inputs"]).astype(jnp.float32)
-    nats = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    right = jnp.argmax(logits, axis=-1) == batch["targets"]
-    return Evaluation(
-        jnp.sum(nats, where=batch["where"]),
-        jnp.sum(batch["where"]),
-        jnp.sum(right, where=batch["where"]),
-    )
+def _at_step(state: TrainState, batch: Batch) -> Batch:
+    """The batch, with the step for each row."""
+    return batch | {"step": jnp.full(len(batch["inputs"]), state.step)}
 
 
 def nonfinite_parameters(problem: Problem, state: TrainState, batch: Batch) -> Any:
@@ -460,7 +455,7 @@ def nonfinite_parameters(problem: Problem, state: TrainState, batch: Batch) -> A
     has one."""
     key = jax.random.fold_in(state.key, state.step)
     problem = problem._replace(model_state=state.model_state)
-    _, gradient, _ = problem.value_and_grad(state.params, batch, key)
+    _, gradient, _ = problem.value_and_grad(state.params, _at_step(state, batch), key)
     return jax.tree.map(lambda x: ~jnp.isfinite(x).all(), (state.params, gradient))
 
 
@@ -469,7 +464,7 @@ def norms(problem: Problem, variables: nnx.State, state: TrainState, batch: Batc
     `[layers]` where an axis of the `variables`, the model's, is "layers"."""
     key = jax.random.fold_in(state.key, state.step)
     problem = problem._replace(model_state=state.model_state)
-    _, gradient, _ = problem.value_and_grad(state.params, batch, key)
+    _, gradient, _ = problem.value_and_grad(state.params, _at_step(state, batch), key)
     axes = [
         variable.get_metadata()["axes"]
         for variable in jax.tree.leaves(variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -528,6 +523,8 @@ def _abstract_batch(
     rules: Rules,
     labelled: tuple[int, ...] | None,
     sizes: dict[str, Any],
+    *,
+    has_reference: bool,
 ) -> Batch:
     rows = config.batch_size
     ids = ((rows,), jnp.int32)
@@ -536,6 +533,8 @@ def _abstract_batch(
     if of_text:
         tokens = ((rows, config.length), jnp.int32)
         shapes = {"inputs": tokens, "targets": tokens}
+        if has_reference:
+            shapes["reference_log_probs"] = ((rows, config.length), jnp.float32)
     elif labelled is not None:
         shapes = {"inputs": ((rows, *labelled), jnp.float32), "targets": ids}
     else:

@@ -32,15 +32,14 @@ from jaxref.quantization import (
     QuantSpec,
 )
 from jaxref.train.checkpoints import CheckpointError, Checkpoints, has_checkpoint
+from jaxref.train.evaluation import Evaluation
 from jaxref.train.places import total_bytes
 from jaxref.train.program import (
     NO_STATE,
     Batch,
-    Evaluation,
     ModelState,
     Program,
     TrainState,
-    evaluate,
     within,
 )
 from jaxref.train.quantizers import checkpoint_name
@@ -86,12 +85,13 @@ def run_quantized(program: Program, model: Any, step: int) -> tuple[Program, Tra
         del model_state  # with the parameters
         return nnx.merge(graphdef, params)
 
+    def evaluate(params: Any, batch: Batch) -> Evaluation:
+        model = merge(params, NO_STATE)
+        model.eval()
+        return program.objective.evaluate(model, batch)
+
     measure = jax.jit(
-        within(
-            program.mesh,
-            program.rules,
-            lambda params, batch: evaluate(merge, params, batch, NO_STATE),
-        ),
+        within(program.mesh, program.rules, evaluate),
         in_shardings=(everywhere, None),
         out_shardings=everywhere,
     )

@@ -21,7 +21,7 @@ from etils.epath import Path
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from jaxref.train.config import ConfigError
+from jaxref.train.config import ConfigError, learned
 from jaxref.train.configs.default import get_config
 from jaxref.train.records import (
     VALIDATION_LOSS,
@@ -158,7 +158,7 @@ def _run_table(config: ConfigDict, facts: Mapping[str, Any], starts: Rows) -> st
         + (f", {facts['parameters']:,} parameters" if "parameters" in facts else ""),
         "Data": facts.get("data", config.data.name),
         "Training": f"{config.steps:,} steps of {config.batch_size:,} rows, "
-        f"{config.optimizer.name}, {config.loss.name}",
+        f"{config.optimizer.name}, {learned(config)}",
     }
     if starts:
         rows["Devices"] = facts["devices"] + (f" as {parts}" if parts else "")

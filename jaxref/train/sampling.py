@@ -1,5 +1,6 @@
 """Text of any length from a trained model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ def sample(
     top_p: float = 1.0,
     cache: str = "full",
     key: Array | None = None,
+    asked: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Continues a prompt, token by token.
 
@@ -37,6 +39,8 @@ def sample(
       top_p: the probability to choose from, in (0, 1]; 1 for all.
       cache: "full" or "staircase", what the window remembers: see `jaxref.models.generate`.
       key: random key; not needed at temperature 0.
+      asked: what the model is given of the tokens in its window, at least one more; of a prefix
+        model the last is no part of the prefix. Default: the tokens.
 
     Returns:
       Prompt and continuation, integer `[n + length]`.
@@ -56,8 +60,14 @@ def sample(
         cache=cache,
     )
     end = tokens.size + length
+    room = window if asked is None else window + 1 - asked(tokens[:1]).size
     while tokens.size < end:
-        seen = tokens if tokens.size <= window else tokens[-max(window // 2, 1) :]
+        seen = tokens if tokens.size <= room else tokens[-max(room // 2, 1) :]
+        prefix_lengths = None
+        if asked is not None:
+            seen = asked(seen)
+            if model.config.architecture == "prefix":
+                prefix_lengths = np.array([seen.size - 1])
         count = min(end - tokens.size, window - seen.size + 1)
         padded = np.zeros((1, window), np.int32)  # one shape, one compilation
         padded[0, : seen.size] = seen
@@ -71,6 +81,7 @@ def sample(
             top_p=top_p,
             cache=cache,
             key=None if key is None else jax.random.fold_in(key, tokens.size),
+            prefix_lengths=prefix_lengths,
         )
         tokens = np.concatenate([tokens, process_allgather(drawn[0], tiled=True)])
     return tokens

@@ -4,9 +4,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from jaxref import losses
+from jaxref.metrics import ndcg_at_k, recall_at_k
 from jaxref.nn import BehaviorAggregationParams, SimpleX, behavior_aggregation
 
 ORACLE = np.load(Path(__file__).parents[1] / "oracles" / "collaborative_filtering.npz")
@@ -117,3 +120,77 @@ def test_model_without_history_in_half_precision():
     for name, wrong in {"mode": "max", "gamma": -0.1, "dropout": 1.0, "features": 0}.items():
         with pytest.raises(ValueError, match=f"{name} must be"):
             SimpleX(2, 2, **{name: wrong}, rngs=nnx.Rngs(0))
+
+
+USERS, ITEMS = 120, 200
+
+
+def choices(seed):
+    """Fifteen items that each user chose: history to train on `[users, 10]`, which items these are,
+    and which are the five to find.
+
+    Users and items belong to eight groups. A user chooses without replacement, an item of the own
+    group in proportion to 0.8 / sqrt(rank), one of another to 0.2 / 7 / sqrt(rank), with a rank of
+    popularity for every item.
+    """
+    rng = np.random.default_rng(seed)
+    user_group, item_group = rng.integers(8, size=USERS), rng.integers(8, size=ITEMS)
+    rank = rng.permutation(np.arange(1, ITEMS + 1))
+    rate = np.where(user_group[:, None] == item_group, 0.8, 0.2 / 7) / np.sqrt(rank)
+    order = np.argsort(-(np.log(rate) + rng.gumbel(size=rate.shape)), axis=1)
+    chosen = rng.permuted(order[:, :15], axis=1)
+    known, hidden = np.zeros((2, USERS, ITEMS), bool)
+    np.put_along_axis(known, chosen[:, :10], True, axis=1)
+    np.put_along_axis(hidden, chosen[:, 10:], True, axis=1)
+    return chosen[:, :10], known, hidden.astype("f")
+
+
+def test_trained_with_many_negatives_it_finds_more_than_with_few_or_by_pairs():
+    """SimpleX learns three sets of `choices` by the cosine contrastive loss with 64 negatives or 2,
+    and by BPR of inner products with 64 or 1, at a learning rate that is better for BPR. Items to
+    find are ranked among all that a user did not train on."""
+    users, model_of = np.arange(USERS), partial(SimpleX, USERS, ITEMS, features=16)
+
+    def found(paired, number, rate, key, history, known, hidden):
+        graph, start = nnx.split(model_of(rngs=nnx.Rngs(key)))
+        optimizer = optax.adam(rate)
+
+        def scores(model, h):
+            return jnp.where(paired, h @ model.items.embedding[...].T, model.all_cosines(h))
+
+        def objective(params, key):
+            model = nnx.merge(graph, params)
+            keys = jax.random.split(key, 3)
+            at = jax.random.randint(keys[0], (USERS, 1), 0, 10)
+            others = jax.random.randint(keys[1], (64,), 0, ITEMS)
+            h = model(users, history, where=jnp.arange(10) != at, key=keys[2])
+            s = scores(model, h)
+            positive = jnp.take_along_axis(s, jnp.take_along_axis(history, at, 1), 1)[:, 0]
+            negative, counts = s[:, others], jnp.arange(64) < number
+            contrastive = losses.cosine_contrastive_loss(
+                positive, negative, margin=0.4, negative_weight=1.0, where=counts
+            )
+            by_pairs = losses.bayesian_personalized_ranking_loss(positive, negative, where=counts)
+            return jnp.mean(jnp.where(paired, by_pairs, contrastive))
+
+        def step(carry, key):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(objective)(params, key), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(key, 100)
+        (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), keys)
+        model = nnx.merge(graph, params)
+        ranked = scores(model, model(users, history))
+        metrics = ndcg_at_k, recall_at_k
+        return jnp.stack([f(ranked, hidden, 20, where=~known).mean() for f in metrics])
+
+    data = map(np.stack, zip(*map(choices, range(3))))
+    over_data = jax.vmap(found, in_axes=(None, None, None, *[0] * 4))
+    over_losses = jax.jit(jax.vmap(over_data, in_axes=(0, 0, 0, *[None] * 4)))
+    paired, number = np.array([False, False, True, True]), np.array([64, 2, 64, 1])
+    rate = np.where(paired, 0.01, 0.03)
+    keys = jax.random.split(jax.random.key(0), 3)
+    many, *rest = np.mean(over_losses(paired, number, rate, keys, *data), axis=1)
+    for other in rest:
+        assert np.all(many > other + 0.03)  # NDCG and recall

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
                 "validation_fraction": 0.02,
                 "vocab_size": 256,
                 "token_dtype": "uint16",  # of tokens:FILE
+                "exclude": "",  # of text: a pattern of files not to train on, such as json/*.py
                 "positive_classes": [],  # of images: to tell from all others; [] keeps all apart
                 "as_series": False,  # of images: whether models read them row by row
                 "context_length": 48,  # of series: steps that are read
@@ -50,6 +51,7 @@ def get_config() -> ConfigDict:
                 "remat": False,
                 "remat_policy": "nothing_saveable",  # what is not recomputed: see TransformerConfig
             },
+            "objective": {"name": "next_token"},
             "loss": {"name": "linear_softmax_cross_entropy"},
             "optimizer": {"name": "adamw", "b2": 0.99, "weight_decay": 0.1},
             "schedule": {
@@ -75,6 +77,30 @@ def get_config() -> ConfigDict:
                 "top_k": 0,  # tokens to choose from; 0 for all
                 "top_p": 1.0,  # probability to choose from
                 "cache": "full",  # or staircase
+                "seed": 0,
+            },
+            "align": {
+                "name": "",  # of the directory below aligned/; by default the method's
+                "method": {"name": "grpo"},  # of jaxref.train.alignment
+                "reward": {"name": "parses"},  # of jaxref.train.rewards
+                "steps": 40,
+                "prompts": 8,  # a step
+                "samples": 8,  # of each
+                "epochs": 2,  # over what was written in a step
+                "prompt_length": 48,  # bytes, at most
+                "temperature": 1.0,
+                "learning_rate": 3e-4,
+                "validation_samples": 256,
+                "seed": 0,
+            },
+            "unlearn": {
+                "name": "",  # of the directory below unlearned/; by default the method's
+                "method": {"name": "salun"},  # of jaxref.train.unlearning
+                "files": "",  # a pattern of the files to forget
+                "retrained": "",  # directory of a run that never saw them
+                "steps": 100,
+                "measure_every": 5,
+                "learning_rate": 1e-4,
                 "seed": 0,
             },
             "quantize": {
