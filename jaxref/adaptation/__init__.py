@@ -2,6 +2,15 @@
 
 from jaxref.adaptation.federated import federated_round, fedwon_client_update
 from jaxref.adaptation.few_shot import class_prototypes, imprint_class, novel_class_head
+from jaxref.adaptation.knowledge_isolation import (
+    CausalTrace,
+    ConstrainedUnlearningState,
+    adaptive_retain_multiplier,
+    causal_tracing,
+    constrained_unlearning_init,
+    constrained_unlearning_loss,
+    layer_filter,
+)
 from jaxref.adaptation.test_time import class_correlation_loss, core_adapt_step
 from jaxref.adaptation.transfer import inflate_input_channels
 from jaxref.adaptation.unlearning import (
@@ -48,4 +57,11 @@ __all__ = [
     "salun_diffusion_loss",
     "loss_reweighting",
     "loreun_loss",
+    "ConstrainedUnlearningState",
+    "CausalTrace",
+    "adaptive_retain_multiplier",
+    "constrained_unlearning_init",
+    "constrained_unlearning_loss",
+    "layer_filter",
+    "causal_tracing",
 ]

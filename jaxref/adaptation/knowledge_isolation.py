@@ -84,8 +84,8 @@ def adaptive_retain_multiplier(
     Reference: Agrawal, Huang, "SHA256 at SemEval-2025 Task 4: Selective Amnesia -- Constrained
     Unlearning for Large Language Models via Knowledge Isolation", 2025, arXiv:2504.12996.
     """
-    check_interval(0, jnp.inf, base=base)
-    check_interval(base, jnp.inf, maximum=maximum)
+    check_interval(0, jnp.inf, base=base, maximum=maximum)
+    check_interval(0, jnp.inf, maximum_above_base=maximum - base)
     check_floating(retain_loss=retain_loss, reference_loss=reference_loss)
     check_broadcastable(jnp.shape(retain_loss), reference_loss=reference_loss)
     loss = jax.lax.stop_gradient(jnp.asarray(retain_loss))

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxref.core.checks import check_interval
 from jaxref.core.ranks import ascending_ranks
-from jaxref.data.span_corruption import _checked_ids, _checked_tokens, _placed_spans
+from jaxref.data.span_corruption import _check_distinct, _checked_tokens, _placed_spans
 
 Objective = Literal["mixed", "mask", "gmask"]
 
@@ -127,7 +127,7 @@ def blank_infilling_example(
     Blank Infilling", 2021, arXiv:2103.10360.
     """
     x = _checked_tokens(tokens)
-    _checked_ids([mask_id], gmask_id=gmask_id, start_id=start_id, end_id=end_id)
+    _check_distinct(mask_id=mask_id, gmask_id=gmask_id, start_id=start_id, end_id=end_id)
     check_interval(1, jnp.inf, output_length=output_length)
     check_interval(0, 1, short_mask_probability=short_mask_probability)
     check_interval(0, jnp.inf, closed="right", span_mean=span_mean)

@@ -79,7 +79,6 @@ def loss_based_weights(
     high = jnp.max(x, where=exists, initial=-jnp.inf)
     if axis_name is not None:
         low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)
-    x = jnp.where(exists, x, low)
     h = delta * ((x - high) + (x - low)) / jnp.maximum(high - low, 1e-6)
     scores = {
         "linupper": jnp.minimum(h + delta, delta),

@@ -90,8 +90,8 @@ def sample_span_mask(
     begins with a gap and ends with a span, whatever the key: one span is then always the end.
 
     Example:
-      >>> mask = sample_span_mask(jax.random.key(0), 12, mask_ratio=0.5, mean_span_length=3)
-      >>> int(mask.sum())
+      >>> draw = lambda key: sample_span_mask(key, 12, mask_ratio=0.5, mean_span_length=3)
+      >>> int(jax.jit(draw)(jax.random.key(0)).sum())
       6
 
     Reference: Nijkamp, Hayashi, Xiong, Savarese, Zhou, "CodeGen2: Lessons for Training LLMs on
@@ -160,10 +160,12 @@ def corrupt_spans(
     models that see the context in both directions.
 
     Example:
-      >>> example = corrupt_spans(
-      ...     jnp.array([1, 2, 3, 4]), jnp.array([False, True, True, False]), sentinel_ids=[13, 14],
-      ...     separator_id=10, end_of_mask_id=11, end_of_text_id=12, output_length=12,
+      >>> corrupt = lambda tokens, mask: corrupt_spans(
+      ...     tokens, mask, sentinel_ids=[13, 14], separator_id=10, end_of_mask_id=11,
+      ...     end_of_text_id=12, output_length=12,
       ... )
+      >>> tokens, mask = jnp.array([1, 2, 3, 4]), jnp.array([False, True, True, False])
+      >>> example = jax.jit(corrupt)(tokens, mask)
       >>> print(example.tokens)
       [ 1 13  4 12 10 13  2  3 11 12 12 12]
       >>> int(example.length), int(example.prefix_length)
@@ -174,8 +176,9 @@ def corrupt_spans(
     card.
     """
     x = _checked_tokens(tokens)
-    sentinels = _checked_ids(
-        sentinel_ids,
+    sentinels = _checked_sentinels(sentinel_ids)
+    _check_distinct(
+        sentinel_ids=sentinel_ids,
         separator_id=separator_id,
         end_of_mask_id=end_of_mask_id,
         end_of_text_id=end_of_text_id,
@@ -300,26 +303,22 @@ def mixed_objective_example(
         raise ValueError(f"mask_ratio_range must be in ascending order, got {mask_ratio_range}")
     x = _checked_tokens(tokens)
     of_task, of_ratio, of_spans = jax.random.split(key, 3)
-    ids: dict[str, Any] = {
-        "separator_id": separator_id,
-        "end_of_mask_id": end_of_mask_id,
-        "end_of_text_id": end_of_text_id,
-    }
-    sentinels = _checked_ids(sentinel_ids, **ids)
     mask = sample_span_mask(
         of_spans,
         len(x),
         mask_ratio=jax.random.uniform(of_ratio, minval=low, maxval=high),
         mean_span_length=mean_span_length,
-        max_spans=len(sentinels),
+        max_spans=len(_checked_sentinels(sentinel_ids)),
     )
     corrupted = corrupt_spans(
         x,
         mask,
-        sentinel_ids=sentinels,
+        sentinel_ids=sentinel_ids,
+        separator_id=separator_id,
+        end_of_mask_id=end_of_mask_id,
+        end_of_text_id=end_of_text_id,
         output_length=output_length,
         document_ids=document_ids,
-        **ids,
     )
     padding = jnp.full(max(output_length - len(x), 0), end_of_text_id, x.dtype)
     plain = CorruptedExample(
@@ -419,18 +418,19 @@ def _checked_tokens(tokens: ArrayLike) -> Array:
     return x.astype(jnp.int32)
 
 
-def _checked_ids(sentinel_ids: Any, **special_ids: Any) -> Array:
-    """The sentinels; raises where an id is no integer, or two are alike."""
+def _checked_sentinels(sentinel_ids: Any) -> Array:
     sentinels = sentinel_ids if isinstance(sentinel_ids, Array) else np.asarray(sentinel_ids)
     if sentinels.ndim != 1 or sentinels.size == 0:
         raise ValueError(f"sentinel_ids must have shape [sentinels], got {sentinels.shape}")
     if not jnp.issubdtype(sentinels.dtype, jnp.integer):
         raise TypeError(f"sentinel_ids must be integers, got {sentinels.dtype.name}")
-    check_interval(0, jnp.inf, **special_ids)
-    if not isinstance(sentinels, jax.core.Tracer):
-        listed = np.asarray(sentinels).tolist()
-        if len({*listed, *special_ids.values()}) < len(listed) + len(special_ids):
-            raise ValueError(
-                f"sentinel_ids must differ from one another and from {special_ids}, got {listed}"
-            )
     return jnp.asarray(sentinels, jnp.int32)
+
+
+def _check_distinct(**special_ids: Any) -> None:
+    """Raises where an id is negative, or two are alike; those that are traced pass."""
+    check_interval(0, jnp.inf, **special_ids)
+    known = [x for x in special_ids.values() if not isinstance(x, jax.core.Tracer)]
+    listed = np.concatenate([np.ravel(np.asarray(x)) for x in known]).tolist()
+    if len(set(listed)) < len(listed):
+        raise ValueError(f"special ids must differ from one another, got {special_ids}")

@@ -110,7 +110,7 @@ def reference_token_weights(
     # Logarithms: a power of a small number is 0 before its share of the sum is.
     log_base = jnp.log(-jnp.expm1(jnp.minimum(log_p, 0.0))) if weighting == "complement" else -log_p
     is_even = jnp.asarray(exponent) == 0
-    log_scores = jnp.where(is_even, 0.0, exponent * jnp.where(is_even, 0.0, log_base))
+    log_scores = jnp.where(is_even, 0.0, exponent * log_base)
     log_scores = jnp.clip(log_scores, jnp.log(floor), jnp.log(ceiling))
     if normalise is not None:
         axis, shards = (-1, None) if normalise == "sequence" else (None, axis_name)

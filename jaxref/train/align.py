@@ -15,6 +15,7 @@ from jaxref.core.checks import check_interval
 from jaxref.losses import EntropyStats, normalised_entropy
 from jaxref.models import generate
 from jaxref.train.alignment import Alignment
+from jaxref.train.components import build_objective
 from jaxref.train.config import ConfigError, resolve
 from jaxref.train.continuation import Continuation
 from jaxref.train.data import Corpus
@@ -77,6 +78,19 @@ def align(config: ConfigDict, workdir: Path) -> None:
         raise ConfigError(
             f"--mode=align is for models of text as bytes, and data.name={config.data.name} is none"
         )
+    objective = build_objective(config, data.vocab_size)
+    if objective.asked is not None or not objective.generates:
+        raise ConfigError(
+            f"--mode=align is for models that write on, and objective.name={config.objective.name} "
+            "trains another kind"
+        )
+    if config.length + 1 - options.prompt_length < _SHORTEST:
+        raise ConfigError(
+            f"align.prompt_length must leave at least {_SHORTEST} of the {config.length} tokens of "
+            f"length to write, got {options.prompt_length}"
+        )
+    prompts = _prompts(data.train, options.prompt_length)
+    held_out = _prompts(data.validation, options.prompt_length)
     method: Alignment = resolve(config, "align.method", {"samples": "align.samples"})(
         samples=options.samples
     )
@@ -89,8 +103,6 @@ def align(config: ConfigDict, workdir: Path) -> None:
     directory = f"aligned/{options.name or options.method.name}"
     run = Continuation(config, workdir, directory, "align", data, losses)
     writer = _Writer(run)
-    prompts = writer.prompts(data.train, "training")
-    held_out = writer.prompts(data.validation, "held-out")
     chosen = np.random.default_rng(options.seed).choice(len(held_out), options.validation_samples)
     asked = [held_out[i] for i in chosen]
     validation = Validation(run.config, data, run.program)
@@ -125,7 +137,7 @@ def align(config: ConfigDict, workdir: Path) -> None:
         return state, values, False
 
     before, written_before = writer.judge(run.start.params, asked)
-    if not run.run(advance, shown=("reward", "divergence"), outcome="alignment.png"):
+    if not run.run(advance, shown=("reward", "divergence")):
         print(f"Terminated and saved in {run.workdir}. The same command continues.")
         return
     after, written_after = writer.judge(run.state.params, asked)
@@ -160,6 +172,17 @@ def align(config: ConfigDict, workdir: Path) -> None:
         print(f"{name:{width}}  " + "  ".join(f"{cell:>8}" for cell in cells))
 
 
+def _prompts(tokens: np.ndarray, longest: int) -> list[bytes]:
+    """The headers of definitions in a part of the corpus."""
+    headers = definition_headers(tokens.tobytes(), longest)
+    if not headers:
+        raise ConfigError(
+            "--mode=align continues definitions of Python, and the data to train on or that held "
+            f"out has none of at most align.prompt_length = {longest} bytes"
+        )
+    return headers
+
+
 class _Writer:
     """Writes on after prompts, by a run's model, and has it judged."""
 
@@ -167,19 +190,9 @@ class _Writer:
         self._run, self._options = run, run.config.align
         self._reward = resolve(run.config, "align.reward")
         program = run.program
-        if program.objective.asked is not None or not program.objective.generates:
-            raise ConfigError(
-                f"--mode=align is for models that write on, and objective.name="
-                f"{run.config.objective.name} trains another kind"
-            )
         self._rows = self._options.prompts * self._options.samples
         self._length = run.config.length
         self._num_tokens = self._length + 1 - self._options.prompt_length
-        if self._num_tokens < _SHORTEST:
-            raise ConfigError(
-                f"align.prompt_length must leave at least {_SHORTEST} of the {self._length} tokens "
-                f"of length to write, got {self._options.prompt_length}"
-            )
 
         @jax.jit
         def score(params: Params, batch: Batch) -> tuple[Array, Array]:
@@ -188,16 +201,6 @@ class _Writer:
             return -nats, entropy
 
         self._score = score
-
-    def prompts(self, tokens: np.ndarray, name: str) -> list[bytes]:
-        """The definitions' headers in a part of the corpus."""
-        headers = definition_headers(tokens.tobytes(), self._options.prompt_length)
-        if not headers:
-            raise ConfigError(
-                f"--mode=align continues definitions of Python, and the {name} data has none of "
-                f"at most align.prompt_length = {self._options.prompt_length} bytes"
-            )
-        return headers
 
     def write(
         self, params: Params, prompts: Sequence[bytes], key: Array, temperature: Any

@@ -77,9 +77,11 @@ class Continuation:
                 "name": "constant_schedule",
                 "value": float(options.learning_rate),
             }
-        self.program: Program = build_program(
-            self.config, data, losses=losses, last=last and last(base, self.start)
-        )
+        self._outcome = self.program = build_program(self.config, data, losses=losses)
+        if last is not None:
+            self.program = build_program(
+                self.config, data, losses=losses, last=last(base, self.start)
+            )
         self._batches = training_batches(self.config, data, self.program.rows)
         self._name = name
         self.workdir = open_workdir(workdir / directory)
@@ -94,25 +96,31 @@ class Continuation:
             params=copied(self.start.params), model_state=copied(self.start.model_state)
         )
 
-    def run(self, advance: Advance, *, shown: Sequence[str], outcome: str, every: int = 10) -> bool:
+    def run(self, advance: Advance, *, shown: Sequence[str], every: int = 10) -> bool:
         """Takes the steps that are left, and saves.
 
         Args:
           advance: `advance(state, step) -> (state, what to record, whether it is enough)`.
           shown: which of that the progress bar shows.
-          outcome: the file that is written when it is finished.
           every: steps between checkpoints.
 
         Returns:
           Whether it was finished; it was not when it was told to end before.
         """
-        steps = self.config.steps
+        steps, kept = self.config.steps, self.config.to_dict()
+        finished = False
+
+        def abstract(saved: dict[str, Any]) -> TrainState:
+            nonlocal finished
+            finished = saved["finished"]
+            return (self._outcome if finished else self.program).abstract_state
+
         with Checkpoints(self.workdir / "checkpoints", keep=1) as checkpoints:
-            restored = checkpoints.restore(self.program.abstract_state, self._batches)
+            restored = checkpoints.restore(abstract, self._batches)
             start = 0
             if restored is not None:
                 self.state, start = restored
-            if start >= steps or (start and (self.workdir / outcome).exists()):
+            if finished:
                 return True
             with contextlib.ExitStack() as stack:
                 records = (
@@ -137,14 +145,20 @@ class Continuation:
                             records.flush()
                         checkpoints.save(
                             step,
-                            self.state,
+                            self._as_of_any_run() if done else self.state,
                             self._batches,
-                            config=self.config.to_dict(),
+                            config=kept | {"finished": done},
                             blocking=stop,
                         )
                     if done or stop:
                         return done
         raise AssertionError("the last step is done")
+
+    def _as_of_any_run(self) -> TrainState:
+        """The state, with that of an optimizer that ends in nothing."""
+        if self._outcome is self.program:
+            return self.state
+        return self.state._replace(opt_state=self._outcome.init(self.state.key).opt_state)
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """Arrays of rows that every process has, sharded over the mesh."""

@@ -121,7 +121,7 @@ def unlearn(config: ConfigDict, workdir: Path) -> None:
         return state, values, enough
 
     before = measure.all(run.program, run.start.params, run.start.model_state)
-    if not run.run(advance, shown=("loss",), outcome="unlearning.png"):
+    if not run.run(advance, shown=("loss",)):
         print(f"Terminated and saved in {run.workdir}. The same command continues.")
         return
     after = measure.all(run.program, run.state.params, run.state.model_state)

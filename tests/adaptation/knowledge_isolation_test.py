@@ -35,8 +35,8 @@ class TestMultiplier:
 
     def test_bad_input(self):
         one = np.ones(2, "f")
-        with pytest.raises(ValueError, match=r"maximum must be in \[1.2, inf\), got 1.0"):
-            adaptive_retain_multiplier(one, one, maximum=1.0)
+        with pytest.raises(ValueError, match=r"maximum_above_base must be in \[0, inf\), got -1.0"):
+            adaptive_retain_multiplier(one, one, base=2.0, maximum=1.0)
         with pytest.raises(ValueError, match="reference_loss must broadcast to shape"):
             adaptive_retain_multiplier(one, np.ones(3, "f"))
         with pytest.raises(TypeError, match="retain_loss must have a floating-point type"):
@@ -114,7 +114,7 @@ class TestFilter:
             "blocks": [{"mlp": {"up": 0.0}, "norm": 0.0} for _ in range(3)],
             "layers_1": {"mlp": 0.0},
             "model.layers.11.mlp.down_proj.weight": 0.0,
-            "mlp": {"2": 0.0},
+            "mlp": {"1": 0.0},
         }
         mask = layer_filter(tree, [1, 11])
         assert [block["mlp"]["up"] for block in mask["blocks"]] == [False, True, False]

@@ -118,9 +118,10 @@ class TestFlat:
         ]
         log_probs[0] = np.where(mask, log_probs[0], np.nan)
         loss = jax.jit(partial(flat_loss_of_log_probs, divergence="kl", **masks))
-        value = flat_loss(template, labels, forget, forget_labels, divergence="kl", **masks)
+        of_logits = jax.jit(partial(flat_loss, divergence="kl"))
+        value = of_logits(template, labels, forget, forget_labels, **masks)
         np.testing.assert_allclose(loss(*log_probs), value, rtol=1e-5)
-        slope = jax.grad(lambda x: loss(x, log_probs[1]).sum())(log_probs[0])
+        slope = jax.jit(jax.grad(lambda x: loss(x, log_probs[1]).sum()))(log_probs[0])
         np.testing.assert_array_equal(slope != 0, mask)
         half = loss(*(jnp.bfloat16(x) for x in log_probs))
         assert half.dtype == jnp.bfloat16
@@ -276,7 +277,7 @@ def examples_of(confidences):
 class TestMetrics:
     def test_counts(self):
         forget = examples_of([0.9, 0.4, 0.7, 0.2, 0.97])
-        retain = examples_of([0.99, 0.97, 0.95, 0.3])
+        retain = examples_of([0.99, 0.97, 0.95, 0.3] * 3)
         test = examples_of([0.8, 0.6, 0.96])
         found = metrics_of(*forget, *retain, *test)
         np.testing.assert_allclose(found, [2 / 5, 3 / 4, 1.0, 4 / 5], rtol=1e-6)

@@ -54,6 +54,17 @@ def restored(example):
     return [t for i, token in enumerate(context) for t in fill.get(i, [token])]
 
 
+def drawn_lengths(rng, length, mean, least):
+    """Spans until `least` tokens are in them, or there is no room for the next."""
+    sizes = []
+    while sum(sizes) < least:
+        size = min(rng.poisson(mean), length)
+        if sum(sizes) + size + len(sizes) > length:
+            break
+        sizes += [size] * (size > 0)
+    return sizes
+
+
 class TestExample:
     def test_the_text_can_be_put_together_again(self):
         seen = set()
@@ -99,16 +110,8 @@ class TestExample:
         """Against the loop: how many spans there are, how many tokens, how many of a length."""
         rng = np.random.default_rng(0)
         least = int(0.15 * LENGTH)
-
-        def drawn():
-            sizes = []
-            while sum(sizes) < least:
-                size = rng.poisson(3)
-                sizes += [size] * (size > 0)
-            return sizes
-
         found = [[len(p[0]) - 1 for p in pieces_of(e)] for e in each(examples(KEYS, "mask"))]
-        expected = [drawn() for _ in range(20_000)]
+        expected = [drawn_lengths(rng, LENGTH, 3.0, least) for _ in range(10_000)]
         for of in (len, sum, max, lambda sizes: sizes.count(1), lambda sizes: sizes.count(3)):
             values = [of(sizes) for sizes in expected]
             error = 4 * np.std(values) / np.sqrt(len(found))
@@ -151,10 +154,16 @@ class TestExample:
         assert np.all(whole.tokens[behind] == END)
 
     def test_few_tokens_and_a_large_share(self):
-        for tokens, ratio, mean in ((TOKENS[:1], 0.15, 3.0), (TOKENS[:7], 0.95, 40.0)):
+        rng = np.random.default_rng(0)
+        for tokens, ratio, mean in ((TOKENS[:1], 0.15, 40.0), (TOKENS[:7], 0.95, 1.5)):
+            masked = []
             for example in each(examples(KEYS, "mask", tokens, OUTPUT, ratio, mean)):
                 assert restored(example) == tokens.tolist()
-                assert example.where.any()
+                masked.append(sum(len(p[0]) - 1 for p in pieces_of(example)))
+            least = max(int(ratio * len(tokens)), 1)
+            expected = [sum(drawn_lengths(rng, len(tokens), mean, least)) for _ in range(10_000)]
+            error = 4 * np.std(expected) / np.sqrt(len(masked))
+            assert abs(np.mean(masked) - np.mean(expected)) <= error
 
     def test_bad_input(self):
         call = lambda tokens=TOKENS, **options: blank_infilling_example(
@@ -162,7 +171,7 @@ class TestExample:
         )
         for options, message in (
             ({"objective": "smask"}, "objective must be one of"),
-            ({"start_id": MASK}, "must differ from one another"),
+            ({"start_id": MASK}, "special ids must differ from one another"),
             ({"span_mean": 0.0}, "span_mean must be in"),
             ({"span_ratio": 1.0}, r"span_ratio must be in \(0, 1\)"),
             ({"short_mask_probability": -0.1}, "short_mask_probability must be in"),
@@ -181,7 +190,7 @@ class TestPrefixModel:
             config = TransformerConfig(
                 vocab_size=260,
                 max_length=OUTPUT,
-                num_layers=2,
+                num_layers=1,
                 features=8,
                 num_heads=2,
                 mlp_features=8,

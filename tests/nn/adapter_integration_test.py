@@ -1,11 +1,14 @@
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from sklearn.datasets import load_digits
 
+from jaxref import losses
 from jaxref.nn import (
     MLP,
     IntegratorParam,
@@ -254,3 +257,132 @@ class TestEncoder:
             make([lambda x: x], pooling="max")
         with pytest.raises(ValueError, match="num_streams must be in"):
             make([lambda x: x], num_streams=0)
+
+
+FEATURES = 24
+
+
+class Reader(nnx.Module):
+    """Two layers of maps with adapters, token by token, and a score of the mean of the tokens."""
+
+    def __init__(self, rngs):
+        linear = partial(LoRALinear, rank=8)
+        self.layers = nnx.List([MLP(FEATURES, 48, linear=linear, rngs=rngs) for _ in range(2)])
+        self.head = nnx.Param(jnp.zeros(FEATURES))
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.mean(1) @ self.head[...]
+
+
+class Residual(nnx.Module):
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        return x + self.layer(x)
+
+
+@cache
+def digits():
+    """The first 23 principal components of digits `[1797, 23]`, shuffled, and their labels."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(1797)
+    pixels = data.data[order] - data.data[order[:1200]].mean(0)
+    components = pixels @ np.linalg.svd(pixels[:1200], full_matrices=False)[2][: FEATURES - 1].T
+    return (components / components[:1200].std()).astype("f"), data.target[order]
+
+
+def candidates(key, users, tastes, domain, first, last):
+    """Prompts `[users * 5, 3, features]` of each user's candidates, and which is the one chosen.
+
+    A candidate is three digits, each with a mark of 5 or -5 beside its principal components. In
+    domains 0 and 1 it is worth the sum of its digits by one of two tables of tastes `[2, 10]`; in
+    the new domain 2 by the first table for digits with one mark, and for the others by the second,
+    with the other sign.
+    """
+    components, labels = map(jnp.asarray, digits())
+    keys = jax.random.split(key)
+    chosen = jax.random.randint(keys[0], (users, 5, 3), first, last)
+    mark = jax.random.rademacher(keys[1], chosen.shape, jnp.float32)
+    first_taste, second_taste = tastes[:, labels[chosen]]
+    mixed = jnp.where(mark > 0, first_taste, -second_taste)
+    worth = jnp.stack([first_taste, second_taste, mixed])[domain]
+    prompts = jnp.concatenate([components[chosen], 5 * mark[..., None]], axis=-1)
+    return prompts.reshape(users * 5, 3, FEATURES), jnp.argmax(worth.sum(-1), axis=-1)
+
+
+def trained(model, kind, batch_of, rate, keys):
+    """The model after one step of Adam a key on its parameters of a kind."""
+    graph, start, rest = nnx.split(model, kind, ...)
+    optimizer = optax.adam(rate)
+
+    def objective(params, key):
+        prompts, chosen = batch_of(key)
+        scores = nnx.merge(graph, params, rest)(prompts).reshape(-1, 5)
+        return losses.softmax_cross_entropy(scores, chosen).mean()
+
+    def step(carry, key):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(objective)(params, key), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), keys)
+    return nnx.merge(graph, params, rest)
+
+
+class TestTraining:
+    def test_integrated_models_learn_a_new_domain_from_few_choices(self):
+        """Two adapters of one frozen model learn what digits are worth in their domains. In a third
+        one, where a mark says which of the two counts, and with which sign, X-Cross learns from the
+        choices of 64 users to find more than its head alone does, a fixed mix of both, or than a
+        new adapter of the same model, which has five times the parameters."""
+        images, unseen = (0, 1200), (1200, 1797)
+        head_and = lambda kind: nnx.Any(kind, nnx.PathContains("head"))
+
+        @jax.jit
+        @jax.vmap
+        def found(key):
+            keys = jax.random.split(key, 8)
+            tastes = jax.random.normal(keys[0], (2, 10))
+            base = Reader(nnx.Rngs(keys[1]))
+            adapters = head_and(nnx.LoRAParam)
+
+            def learned(domain, key):
+                batch_of = lambda key: candidates(key, 32, tastes, domain, *images)
+                keys = jax.random.split(key, 300)
+                return nnx.state(trained(base, adapters, batch_of, 0.01, keys))
+
+            states = jax.vmap(learned)(jnp.arange(2), keys[2:4])
+            graph = nnx.graphdef(base)
+            sources = [nnx.merge(graph, jax.tree.map(lambda v: v[i], states)) for i in range(2)]
+            layers = [
+                Residual(stack_adapters([source.layers[i] for source in sources])) for i in range(2)
+            ]
+            integrated = XCrossEncoder(layers, FEATURES, num_streams=2, rngs=nnx.Rngs(keys[4]))
+            integrated.head[...] = jnp.concatenate([source.head[...] for source in sources]) / 2
+            few = candidates(keys[5], 64, tastes, 2, *images)
+            prompts, chosen = candidates(keys[6], 400, tastes, 2, *unseen)
+            hits = []
+            for model, kind, rate in (
+                (integrated, IntegratorParam, 0.001),
+                (integrated, nnx.PathContains("head"), 0.004),
+                (base, adapters, 0.004),
+            ):
+                steps = jax.random.split(keys[7], 100)
+                model = trained(model, kind, lambda _: few, rate, steps)
+                scores = model(prompts).reshape(-1, 5)
+                hits.append(jnp.mean(jnp.argmax(scores, axis=-1) == chosen))
+            return jnp.stack(hits)
+
+        cross, head, adapter = np.mean(found(jax.random.split(jax.random.key(0), 3)), axis=0)
+        print(cross, head, adapter)
+        assert cross > head + 0.04
+        assert cross > adapter + 0.04
+        base = nnx.eval_shape(lambda: Reader(nnx.Rngs(0)))
+        layers = [Residual(layer) for layer in base.layers]
+        new = count_parameters(
+            XCrossEncoder(layers, FEATURES, num_streams=2, rngs=nnx.Rngs(0)), IntegratorParam
+        )
+        assert new < 0.2 * count_parameters(base, nnx.LoRAParam)
