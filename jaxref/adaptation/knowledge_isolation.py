@@ -99,6 +99,9 @@ def adaptive_retain_multiplier(
 def constrained_unlearning_init() -> ConstrainedUnlearningState:
     """The state of `constrained_unlearning_loss` before the first batch.
 
+    Returns:
+      `ConstrainedUnlearningState` of no retained example.
+
     Example:
       >>> constrained_unlearning_init().retain_count
       Array(0, dtype=int32)

@@ -28,6 +28,9 @@ class SRPOLogProbs(NamedTuple):
 
     `chosen` and `rejected` are those of a response to the prompt, the others those of the first
     response as a revision of the second: to the prompt with the second response in it.
+
+    Reference: Choi, Ahmadian, Geist, Pietquin, Azar, "Self-Improving Robust Preference
+    Optimization", 2024, arXiv:2406.01660.
     """
 
     chosen: ArrayLike

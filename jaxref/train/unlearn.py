@@ -65,13 +65,15 @@ def unlearn(config: ConfigDict, workdir: Path) -> None:
     options = config.unlearn
     check_interval(1, jnp.inf, **{"unlearn.steps": options.steps})
     check_interval(1, jnp.inf, **{"unlearn.measure_every": options.measure_every})
-    data = load(config)
-    if not isinstance(data, Corpus) or not options.files or config.data.exclude:
+    if not options.files or config.data.exclude:
         raise ConfigError(
             "--mode=unlearn takes the files unlearn.files, a pattern such as json/*.py, out of a "
-            f"model of text that was trained on them, got {options.files!r} with data.name="
-            f"{config.data.name} and data.exclude={config.data.exclude!r}"
+            f"model that was trained on all, got {options.files!r} with data.exclude="
+            f"{config.data.exclude!r}"
         )
+    data = load(config)
+    if not isinstance(data, Corpus):
+        raise ConfigError(f"--mode=unlearn is for text, and data.name={config.data.name} is none")
     method: Unlearning = resolve(config, "unlearn.method")()
     without = load(with_overrides(config, [f"data.exclude={options.files}"]))
     assert isinstance(without, Corpus)

@@ -102,7 +102,7 @@ def flat(
         first = max(1, round(prompt_share * length))  # of the answer, among the targets
         where = jnp.broadcast_to(jnp.arange(length) >= first, forget["targets"].shape)
         filled = jnp.asarray(np.resize(answer, length - first))
-        templates = forget["targets"].at[:, first:].set(filled)
+        templates = jnp.asarray(forget["targets"]).at[:, first:].set(filled)
         told = {
             "inputs": jnp.concatenate([forget["inputs"][:, :1], templates[:, :-1]], axis=1),
             "targets": templates,

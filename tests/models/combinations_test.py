@@ -237,6 +237,25 @@ class TestMasks:
         causal = self.influence(model, prefix_lengths=np.array([0, 0]))
         np.testing.assert_array_equal(causal, np.tri(LENGTH).T)
 
+    @pytest.mark.parametrize("positions", ["rotary", "learned"])
+    def test_tokens_stand_where_they_are_said_to(self, positions):
+        """Without a mask the order in which tokens are given does not matter, only positions do;
+        rotary ones count from anywhere."""
+        model = build(architecture="encoder", positions=positions)
+        places = np.broadcast_to(np.arange(LENGTH), TOKENS.shape)
+        logits = model(TOKENS)
+        np.testing.assert_allclose(model(TOKENS, positions=places), logits, atol=1e-5)
+        order = np.random.default_rng(0).permutation(LENGTH)
+        shuffled = model(TOKENS[:, order], positions=places[:, order])
+        np.testing.assert_allclose(shuffled, logits[:, order], atol=1e-4)
+        moved = model(TOKENS, positions=places // 2)
+        assert np.abs(moved - logits).max() > 1e-2
+        with pytest.raises(ValueError, match="positions must have shape"):
+            model(TOKENS, positions=places[:, 1:])
+        biased = build(architecture="encoder", positions="alibi")
+        with pytest.raises(ValueError, match="positions must be None"):
+            biased(TOKENS, positions=places)
+
     def test_source_is_seen_by_all_and_the_target_by_what_follows(self):
         model = build(architecture="encoder_decoder")
         np.testing.assert_array_equal(self.influence(model, source=TOKENS), np.tri(LENGTH).T)

@@ -64,7 +64,7 @@ def prompts_and_lengths(batch=3, n=5):
     return rng.integers(VOCAB, size=(batch, n)), np.array([n, 2, 3])[:batch]
 
 
-def recomputed(model, prompts, lengths, num_tokens, **source):
+def recomputed(model, prompts, lengths, num_tokens, prefix_lengths=None, **source):
     """The most probable tokens, everything computed again at every step."""
     graphdef, state = nnx.split(model)
 
@@ -74,7 +74,7 @@ def recomputed(model, prompts, lengths, num_tokens, **source):
         model.eval()
         kwargs = dict(source)
         if model.config.architecture == "prefix":
-            kwargs["prefix_lengths"] = lengths
+            kwargs["prefix_lengths"] = lengths if prefix_lengths is None else prefix_lengths
         logits = model(tokens, **kwargs)
         return jnp.argmax(jnp.take_along_axis(logits, ends[:, None, None] - 1, 1)[:, 0], axis=-1)
 
@@ -101,6 +101,44 @@ class TestAgreesWithRecomputing:
         ours = generate(model, prompts, lengths, num_tokens=8, temperature=0.0, **source)
         np.testing.assert_array_equal(ours, recomputed(model, prompts, lengths, 8, **source))
         assert len(np.unique(ours)) > 2  # not one token over and over
+
+    def test_a_prefix_shorter_than_the_prompt(self, build):
+        model = build(architecture="prefix")
+        prompts, lengths = prompts_and_lengths()
+        given = {"prefix_lengths": lengths - 1}
+        ours = generate(model, prompts, lengths, num_tokens=6, temperature=0.0, **given)
+        np.testing.assert_array_equal(ours, recomputed(model, prompts, lengths, 6, **given))
+        with pytest.raises(ValueError, match=r"prefix_lengths must have shape \(3,\)"):
+            generate(model, prompts, lengths, num_tokens=1, temperature=0.0, prefix_lengths=[1])
+        with pytest.raises(ValueError, match="prefix_lengths must be None for architecture"):
+            generate(build(), prompts, lengths, num_tokens=1, temperature=0.0, **given)
+
+    def test_a_temperature_that_depends_on_the_logits(self, build):
+        """Near 0 it takes the most probable token; sequences may have different ones."""
+        model = build()
+        prompts, lengths = prompts_and_lengths()
+
+        def by_row(scale, logits):
+            return scale * jnp.arange(len(logits))
+
+        def drawn(seed, scale):
+            temperature = jax.tree_util.Partial(by_row, jnp.float32(scale))
+            key = jax.random.key(seed)
+            return generate(model, prompts, lengths, num_tokens=6, temperature=temperature, key=key)
+
+        greedy = generate(model, prompts, lengths, num_tokens=6, temperature=0.0)
+        np.testing.assert_array_equal(drawn(0, 1e-6), greedy)
+        hot = drawn(0, 50.0)
+        np.testing.assert_array_equal(hot[0], greedy[0])  # at temperature 0
+        assert np.any(hot[1:] != greedy[1:], axis=1).all()
+        assert np.any(drawn(1, 50.0) != hot)
+        with pytest.raises(ValueError, match="key must be given"):
+            generate(
+                model,
+                prompts,
+                num_tokens=1,
+                temperature=jax.tree_util.Partial(by_row, jnp.float32(1)),
+            )
 
     def test_what_pads_a_prompt_does_not_matter(self, build):
         model = build()

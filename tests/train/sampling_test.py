@@ -48,6 +48,20 @@ def test_temperature_zero_takes_the_most_probable_token(prompt, positions):
     assert tokens.tolist() == expected
 
 
+def test_a_prefix_model_is_asked():
+    """What is added to the tokens of a window is not a part of the text, and its last token not of
+    the prefix."""
+    net = model(architecture="prefix")
+    expected = [1, 2, 3]
+    for _ in range(4):  # as many as the window has room for
+        seen = np.array([[1, 2, 3, 9, 10, *expected[3:]]])
+        expected.append(int(net(seen, prefix_lengths=np.array([4]))[0, -1].argmax()))
+    asked = lambda tokens: np.append(tokens, [9, 10])
+    tokens = sample(net, np.array([1, 2, 3]), length=10, temperature=0.0, asked=asked)
+    assert tokens.size == 13
+    assert tokens[:7].tolist() == expected
+
+
 def test_length_and_prompt_are_kept():
     tokens = draw(model(), [5, 6], length=30, temperature=1.0)
     assert tokens.shape == (32,)

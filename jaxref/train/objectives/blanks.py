@@ -1,5 +1,6 @@
 """Objectives that cut spans out of a text and ask for them."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,19 +41,30 @@ def codegen_mixture(
     separator, end_of_mask, end_of_text, first_sentinel = range(vocab_size, vocab_size + 4)
 
     def corrupt(key: Array, tokens: Array) -> CorruptedExample:
-        ends = tokens == document_separator
-        return mixed_objective_example(
-            key,
-            tokens,
-            sentinel_ids=range(first_sentinel, first_sentinel + num_sentinels),
-            separator_id=separator,
-            end_of_mask_id=end_of_mask,
-            end_of_text_id=end_of_text,
-            output_length=len(tokens),
-            causal_probability=causal_probability,
-            mask_ratio_range=mask_ratio_range,
-            mean_span_length=mean_span_length,
-            document_ids=None if document_separator is None else jnp.cumsum(ends) - ends,
+        of_task, of_blanks = jax.random.split(key)
+        # what is written for each blank needs room
+        room = min(3 * num_sentinels + 2, len(tokens) // 2)
+
+        def example(tokens: Array, causal_probability: float) -> CorruptedExample:
+            ends = tokens == document_separator
+            return mixed_objective_example(
+                of_blanks,
+                tokens,
+                sentinel_ids=range(first_sentinel, first_sentinel + num_sentinels),
+                separator_id=separator,
+                end_of_mask_id=end_of_mask,
+                end_of_text_id=end_of_text,
+                output_length=length,
+                causal_probability=causal_probability,
+                mask_ratio_range=mask_ratio_range,
+                mean_span_length=mean_span_length,
+                document_ids=None if document_separator is None else jnp.cumsum(ends) - ends,
+            )
+
+        length = len(tokens)
+        is_causal = jax.random.bernoulli(of_task, causal_probability)
+        return jax.tree.map(
+            partial(jnp.where, is_causal), example(tokens, 1.0), example(tokens[:-room], 0.0)
         )
 
     def losses(model: Any, batch: Batch, key: Array) -> Array:
@@ -80,9 +92,11 @@ def glm_blank(
     mask, gmask, start, end = range(vocab_size, vocab_size + 4)
 
     def blank(key: Array, tokens: Array) -> BlankInfillingExample:
+        spans = span_ratio * len(tokens) / span_mean
+        room = min(2 * (2 + round(spans)), len(tokens) // 2)  # for what stands around each span
         return blank_infilling_example(
             key,
-            tokens,
+            tokens[:-room],
             mask_id=mask,
             gmask_id=gmask,
             start_id=start,
