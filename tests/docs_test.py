@@ -149,7 +149,16 @@ def test_columns_of_formulas_align():
     assert display("a = b,   c = d") == "a = b,\u2003c = d|\n"
 
 
-@pytest.mark.parametrize(("text", "expected"), [("1/j + ε_j", True), ("axis=-1", False)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1/j + ε_j", True),
+        ("2 w f_j / (C - 1)", True),
+        ("axis=-1", False),
+        ("[n_1, n_2]", False),
+        ("jax.vmap(f)", False),
+    ],
+)
 def test_mathematics_is_told_from_code(text, expected):
     assert formula.is_mathematics(text) is expected
 

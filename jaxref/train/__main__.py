@@ -70,7 +70,7 @@ Examples
   python -m jaxref.train --mode=report --workdir=runs/notes
   python -m jaxref.train --config=configs/lm_objectives.py --config.objective=electra
   python -m jaxref.train --mode=align --workdir=runs/code --config.align.method=hapo
-  python -m jaxref.train --mode=unlearn --workdir=runs/code --config.unlearn.files='json/*.py'
+  python -m jaxref.train --mode=unlearn --workdir=runs/notes --config.unlearn.files='diary/*'
   python -m jaxref.train --config=configs/digits.py
   python -m jaxref.train --config=configs/digits.py --config.data.name=images:~/fashion-mnist
   python -m jaxref.train --config=configs/forecast.py --config.model.name=CARD

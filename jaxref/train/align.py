@@ -19,11 +19,11 @@ from jaxref.train.components import build_objective
 from jaxref.train.config import ConfigError, resolve
 from jaxref.train.continuation import Continuation
 from jaxref.train.data import Corpus
-from jaxref.train.loop import Validation, load
+from jaxref.train.loop import Data, Validation, load
 from jaxref.train.losses import token_cross_entropy_and_entropy
 from jaxref.train.methods.frame import Batch, Params
-from jaxref.train.outcomes import save_alignment_plot
-from jaxref.train.program import TrainState
+from jaxref.train.outcomes import save_alignment_plot, table
+from jaxref.train.program import TrainState, within
 from jaxref.train.records import read_metrics, write_text_atomic
 from jaxref.train.rewards import body_length, definition_headers
 
@@ -68,27 +68,9 @@ def align(config: ConfigDict, workdir: Path) -> None:
       ValueError: a number out of range, or a configuration other than the directory's.
       CheckpointError: there is no checkpoint that can be read.
     """
-    options = config.align
-    for name in ("steps", "prompts", "epochs", "validation_samples"):
-        check_interval(1, jnp.inf, **{f"align.{name}": options[name]})
-    check_interval(2, jnp.inf, **{"align.samples": options.samples})
-    check_interval(0, jnp.inf, closed="neither", **{"align.temperature": options.temperature})
-    data = load(config)
-    if not isinstance(data, Corpus) or not data.is_bytes:
-        raise ConfigError(
-            f"--mode=align is for models of text as bytes, and data.name={config.data.name} is none"
-        )
-    objective = build_objective(config, data.vocab_size)
-    if objective.asked is not None or not objective.generates:
-        raise ConfigError(
-            f"--mode=align is for models that write on, and objective.name={config.objective.name} "
-            "trains another kind"
-        )
-    if config.length + 1 - options.prompt_length < _SHORTEST:
-        raise ConfigError(
-            f"align.prompt_length must leave at least {_SHORTEST} of the {config.length} tokens of "
-            f"length to write, got {options.prompt_length}"
-        )
+    options, data = config.align, load(config)
+    _check(config, data)
+    assert isinstance(data, Corpus)
     prompts = _prompts(data.train, options.prompt_length)
     held_out = _prompts(data.validation, options.prompt_length)
     method: Alignment = resolve(config, "align.method", {"samples": "align.samples"})(
@@ -141,24 +123,10 @@ def align(config: ConfigDict, workdir: Path) -> None:
         print(f"Terminated and saved in {run.workdir}. The same command continues.")
         return
     after, written_after = writer.judge(run.state.params, asked)
-    rows = {
-        f"{config.align.reward.name}, of {len(asked)} held-out headers": (
-            f"{before['reward']:.1%}",
-            f"{after['reward']:.1%}",
-        ),
-        "KL from the start, nats per body": (
-            f"{before['divergence']:.2f}",
-            f"{after['divergence']:.2f}",
-        ),
-        "bytes written": (f"{before['written_tokens']:.1f}", f"{after['written_tokens']:.1f}"),
-        f"validation, {validation.unit}": tuple(
-            f"{validation.loss(state):.4f}" for state in (run.start, run.state)
-        ),
-    }
+    losses_of = [validation.loss(state) for state in (run.start, run.state)]
+    reward = config.align.reward.name
     if jax.process_index() == 0:
-        plot = save_alignment_plot(
-            run.workdir, read_metrics(run.workdir), config.align.reward.name, before, after
-        )
+        plot = save_alignment_plot(run.workdir, read_metrics(run.workdir), reward, before, after)
         shown = "".join(
             f"# {name}\n{header.decode(errors='replace')}{text.decode(errors='replace')}\n\n"
             for header, *texts in zip(asked[:_SHOWN], written_before, written_after)
@@ -166,10 +134,39 @@ def align(config: ConfigDict, workdir: Path) -> None:
         )
         write_text_atomic(run.workdir / "samples.txt", shown)
         print(f"{shown}Curves: {plot}\nSamples: {run.workdir / 'samples.txt'}")
-    width = max(map(len, rows))
-    print(f"{'':{width}}  {'before':>8}  {'after':>8}")
-    for name, cells in rows.items():
-        print(f"{name:{width}}  " + "  ".join(f"{cell:>8}" for cell in cells))
+    rows = {
+        f"{reward}, of {len(asked)} held-out headers": [
+            f"{x['reward']:.1%}" for x in (before, after)
+        ],
+        "KL from the start, nats per body": [f"{x['divergence']:.2f}" for x in (before, after)],
+        "bytes written": [f"{x['written_tokens']:.1f}" for x in (before, after)],
+        f"validation, {validation.unit}": [f"{loss:.4f}" for loss in losses_of],
+    }
+    print(table(("before", "after"), rows))
+
+
+def _check(config: ConfigDict, data: Data) -> None:
+    """Raises where something does not go together, before anything is computed."""
+    options = config.align
+    for name in ("steps", "prompts", "epochs", "validation_samples"):
+        check_interval(1, jnp.inf, **{f"align.{name}": options[name]})
+    check_interval(2, jnp.inf, **{"align.samples": options.samples})
+    check_interval(0, jnp.inf, closed="neither", **{"align.temperature": options.temperature})
+    if not isinstance(data, Corpus) or not data.is_bytes:
+        raise ConfigError(
+            f"--mode=align is for models of text as bytes, and data.name={config.data.name} is none"
+        )
+    objective = build_objective(config, data.vocab_size)
+    if objective.asked is not None or not objective.generates:
+        raise ConfigError(
+            f"--mode=align is for models that write on, and objective.name={config.objective.name} "
+            "trains another kind"
+        )
+    if config.length + 1 - options.prompt_length < _SHORTEST:
+        raise ConfigError(
+            f"align.prompt_length must leave at least {_SHORTEST} of the {config.length} tokens of "
+            f"length to write, got {options.prompt_length}"
+        )
 
 
 def _prompts(tokens: np.ndarray, longest: int) -> list[bytes]:
@@ -194,13 +191,12 @@ class _Writer:
         self._length = run.config.length
         self._num_tokens = self._length + 1 - self._options.prompt_length
 
-        @jax.jit
         def score(params: Params, batch: Batch) -> tuple[Array, Array]:
             model = program.model(params, run.state.model_state)
             nats, entropy = token_cross_entropy_and_entropy(model, batch)
             return -nats, entropy
 
-        self._score = score
+        self._score = jax.jit(within(program.mesh, program.rules, score))
 
     def write(
         self, params: Params, prompts: Sequence[bytes], key: Array, temperature: Any

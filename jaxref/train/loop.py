@@ -25,7 +25,7 @@ from jaxref.train.losses import TokenLoss, class_logits, token_cross_entropy
 from jaxref.train.observe import NO_STEPS, Stopwatch, Trace, facts, seconds_at_peak
 from jaxref.train.outcomes import save_forecast_plot, save_prediction_plot
 from jaxref.train.places import place
-from jaxref.train.program import Batch, Program, TrainState, build
+from jaxref.train.program import Batch, Program, TrainState, build, within
 from jaxref.train.progress import progress_bar, termination
 from jaxref.train.quantized import directory, load_quantized, run_quantized
 from jaxref.train.records import (
@@ -501,12 +501,13 @@ def _with_reference(config: ConfigDict, program: Program) -> Callable[[Batch], B
         return lambda batch: batch
     scored, state = reference(config, place(workdir))
 
-    @jax.jit
     def log_probs(params: Any, model_state: Any, batch: Batch) -> Any:
         return -token_cross_entropy(scored.model(params, model_state), batch)
 
+    score = jax.jit(within(scored.mesh, scored.rules, log_probs))
+
     def with_reference(batch: Batch) -> Batch:
-        found = log_probs(state.params, state.model_state, batch)
+        found = score(state.params, state.model_state, batch)
         return batch | {"reference_log_probs": found}
 
     return with_reference

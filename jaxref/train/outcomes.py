@@ -1,4 +1,4 @@
-"""Pictures of what a trained model makes of the held-out data."""
+"""Pictures and tables of what a run came to."""
 
 import io
 import os
@@ -236,6 +236,21 @@ def save_unlearning_plot(
       The path of the picture.
     """
     return _save(workdir, "unlearning.png", plot_unlearning(metrics, before, retrained))
+
+
+def table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """Cells under their columns and beside the names of their rows.
+
+    >>> print(table(["before", "after"], {"loss": ["2.31", "1.42"]}))
+             before      after
+    loss       2.31       1.42
+    """
+    width = max(map(len, rows))
+    lines = {"": columns, **rows}
+    return "\n".join(
+        f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells)
+        for name, cells in lines.items()
+    )
 
 
 def _save(workdir: str | os.PathLike, name: str, figure: "Figure") -> epath.Path:

@@ -25,9 +25,9 @@ from jaxref.train.data import Corpus, validation_batches
 from jaxref.train.loop import load, reference
 from jaxref.train.losses import token_cross_entropy
 from jaxref.train.methods.frame import Batch, Params
-from jaxref.train.outcomes import save_unlearning_plot
+from jaxref.train.outcomes import save_unlearning_plot, table
 from jaxref.train.places import place
-from jaxref.train.program import ModelState, Program, TrainState
+from jaxref.train.program import ModelState, Program, TrainState, within
 from jaxref.train.records import read_metrics
 from jaxref.train.unlearning import Unlearning
 
@@ -94,8 +94,9 @@ def unlearn(config: ConfigDict, workdir: Path) -> None:
             return jnp.sum(token_cross_entropy(model, batch)) / batch["targets"].size
 
         batches = (program.put(batch) for batch in _all(config, forget))
+        loss = within(program.mesh, program.rules, forgotten)
         return masked_updates(
-            saliency_mask(forgotten, start.params, batches, keep_fraction=method.keep_fraction)
+            saliency_mask(loss, start.params, batches, keep_fraction=method.keep_fraction)
         )
 
     directory = f"unlearned/{options.name or options.method.name}"
@@ -154,10 +155,7 @@ def _table(measured: dict[str, Measurement], retrained: Measurement | None) -> s
     if retrained is not None:
         gaps = [unlearning_gap(m.metrics, retrained.metrics) for m in columns.values()]
         rows["mean gap to retrained"] = [f"{gap.average:.1%}" for gap in gaps]
-    width = max(map(len, rows))
-    lines = [f"{'':{width}}  " + "  ".join(f"{name:>9}" for name in columns)]
-    lines += [f"{k:{width}}  " + "  ".join(f"{c:>9}" for c in cells) for k, cells in rows.items()]
-    return "\n".join(lines)
+    return table(list(columns), rows)
 
 
 class _Windows:
@@ -203,9 +201,10 @@ class _Measure:
     def all(self, program: Program, params: Params, model_state: ModelState) -> Measurement:
         """Everything."""
 
-        @jax.jit
-        def logits(params: Params, inputs: Array) -> Array:
+        def read(params: Params, inputs: Array) -> Array:
             return program.model(params, model_state)(inputs)
+
+        logits = jax.jit(within(program.mesh, program.rules, read))
 
         def classified(name: str) -> tuple[np.ndarray, np.ndarray]:
             batches = self._batches[name]

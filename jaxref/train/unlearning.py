@@ -88,16 +88,18 @@ def flat(
     divergence: FlatDivergence = "total_variation",
     template: str = "# This text is not available.\n",
     prompt_share: float = 0.5,
+    retain_weight: float = 0.0,
 ) -> Unlearning:
     """FLAT: after the first part of each sequence to forget, a template in the place of the rest
-    (`jaxref.adaptation.flat_loss_of_log_probs`). What is to be retained is not read."""
+    (`jaxref.adaptation.flat_loss_of_log_probs`). It does not need what is to be retained; with a
+    weight for it, texts that are much alike are kept apart."""
     check_interval(0, 1, closed="neither", prompt_share=prompt_share)
     answer = np.frombuffer(template.encode(), np.uint8).astype(np.int32)
     if answer.size == 0:
         raise ValueError("template must have at least one byte, got ''")
 
     def loss(model: Any, forget: Batch, retain: Batch, key: Array) -> Array:
-        del retain, key
+        del key
         length = forget["targets"].shape[1]
         first = max(1, round(prompt_share * length))  # of the answer, among the targets
         where = jnp.broadcast_to(jnp.arange(length) >= first, forget["targets"].shape)
@@ -110,11 +112,14 @@ def flat(
         log_probs = [
             -token_cross_entropy(model, batch | {"where": where}) for batch in (told, forget)
         ]
-        return jnp.mean(
+        value = jnp.mean(
             flat_loss_of_log_probs(
                 *log_probs, divergence=divergence, template_where=where, forget_where=where
             )
         )
+        if retain_weight:
+            value += retain_weight * jnp.mean(token_cross_entropy(model, retain))
+        return value
 
     return Unlearning(loss)
 

@@ -231,6 +231,18 @@ class TestRun:
         assert whole == parts
         assert len(whole) == 3
 
+    def test_on_eight_devices(self, config, run, devices):
+        """As on one, with parameters and batch in parts."""
+        config = with_overrides(config, ["align.steps=1"])
+        printed(align.align, with_overrides(config, ["align.name=one"]), run)
+        devices(8)
+        parts = ["align.name=eight", "mesh.fsdp=2", "mesh.tensor=2"]
+        printed(align.align, with_overrides(config, parts), run)
+        (one,), (eight,) = (read_metrics(run / "aligned" / name) for name in ("one", "eight"))
+        assert one["reward"] == eight["reward"]
+        for name in ("loss", "gradient_norm", "divergence"):
+            assert eight[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+
     def test_bad_input(self, config, run):
         for overrides, error, message in (
             (["align.method=grop"], ConfigError, "did you mean grpo"),

@@ -129,6 +129,9 @@ class TestLosses:
         method = unlearning.flat(template="no", prompt_share=0.25)
         found = method.loss(model, forget, retain, jax.random.key(0))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+        beside = unlearning.flat(template="no", prompt_share=0.25, retain_weight=0.3)
+        kept = beside.loss(model, forget, retain, jax.random.key(0)) - found
+        np.testing.assert_allclose(kept, 0.3 * token_cross_entropy(model, retain).mean(), rtol=1e-4)
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="template must have at least one byte"):
@@ -186,6 +189,17 @@ class TestRun:
         out = printed(unlearn.unlearn, config, run)
         assert "retrained" not in out
         assert len(read_metrics(run / "unlearned" / "loreun")) == 6
+
+    def test_on_eight_devices(self, config, run, devices):
+        """As on one: the mask, too."""
+        config = with_overrides(config, ["unlearn.steps=2"])
+        printed(unlearn.unlearn, with_overrides(config, ["unlearn.name=one"]), run)
+        devices(8)
+        parts = ["unlearn.name=eight", "mesh.fsdp=2", "mesh.tensor=2"]
+        printed(unlearn.unlearn, with_overrides(config, parts), run)
+        one, eight = (read_metrics(run / "unlearned" / name) for name in ("one", "eight"))
+        for name in ("loss", "forget", "retain"):
+            assert eight[-1][name] == pytest.approx(one[-1][name], rel=1e-3), name
 
     def test_bad_input(self, config, run):
         for overrides, error, message in (

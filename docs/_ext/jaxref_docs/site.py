@@ -1,0 +1,185 @@
+"""What the pages are made of: the package, its papers, and where each name stands."""
+
+import ast
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxref_docs.package import Package, Room, Symbol, Topic
+
+SPLIT_ABOVE = 45
+"""Rooms of more names than this have a page for each topic."""
+
+
+class Paper(NamedTuple):
+    """One entry of `jaxref/papers/index.toml`; `jaxref/papers/catalogue.py` explains the keys."""
+
+    id: str
+    title: str
+    authors: str
+    year: int
+    symbols: tuple[str, ...]
+    claim: str
+    test: str
+    arxiv: str | None = None
+    without_arxiv: str | None = None
+    renamed: Mapping[str, str] = {}
+    renamed_because: str | None = None
+
+
+class Site:
+    """Everything that the pages show, read from a clone of the repository."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.package = Package(root)
+
+    @cached_property
+    def papers(self) -> list[Paper]:
+        """The papers in the order of their titles."""
+        entries = tomllib.loads(self.index.read_text("utf-8"))
+        papers = [
+            Paper(id=name, **{**entry, "symbols": tuple(entry["symbols"])})
+            for name, entry in entries.items()
+        ]
+        return sorted(papers, key=lambda paper: paper.title.lower())
+
+    @property
+    def index(self) -> Path:
+        """The file of the papers."""
+        return self.root / "jaxref" / "papers" / "index.toml"
+
+    @cached_property
+    def papers_of(self) -> dict[str, list[Paper]]:
+        """The papers of each public name, the earliest first."""
+        found: dict[str, list[Paper]] = {}
+        for paper in sorted(self.papers, key=lambda paper: paper.year):
+            for name in paper.symbols:
+                symbol = self.package.symbols.get(name)
+                papers = found.setdefault(symbol.name if symbol else name, [])
+                if paper not in papers:
+                    papers.append(paper)
+        return found
+
+    @cached_property
+    def descriptions(self) -> list[tuple[str, str]]:
+        """The rows of README.md's table: the cell of the rooms, and what they hold."""
+        text = (self.root / "README.md").read_text("utf-8")
+        return re.findall(r"^\| (`jaxref\.\w+`.*?) \| (.*) \|$", text, re.MULTILINE)
+
+    @cached_property
+    def rooms(self) -> list[Room]:
+        """The rooms in the order of README.md's table, then those that it does not name; their
+        topics by title."""
+        named = [name for cell, _ in self.descriptions for name in re.findall(r"\.(\w+)`", cell)]
+        order = {name: place for place, name in enumerate(named)}
+        rooms = [
+            replace(room, topics=tuple(sorted(room.topics, key=lambda t: _place(room, t))))
+            for room in self.package.rooms.values()
+        ]
+        return sorted(rooms, key=lambda room: (order.get(room.name, len(order)), room.name))
+
+    def room(self, name: str) -> Room:
+        """A room by its name."""
+        (found,) = (room for room in self.rooms if room.name == name)
+        return found
+
+    @cached_property
+    def benches(self) -> list[tuple[str, str]]:
+        """Name and docstring of each bench."""
+        folder = self.root / "jaxref" / "bench"
+        main = ast.parse((folder / "__main__.py").read_text("utf-8"))
+        others = {"__init__", "__main__", "harness", "tuning"}
+        for statement in main.body:
+            match statement:
+                case ast.Assign(targets=[ast.Name("NOT_BENCHES")], value=value):
+                    others |= ast.literal_eval(value)
+        return [
+            (path.stem, ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "")
+            for path in sorted(folder.glob("*.py"))
+            if path.stem not in others
+        ]
+
+    @cached_property
+    def tutorials(self) -> list[tuple[Path, str, str]]:
+        """Path, first heading and first paragraph of each notebook."""
+        found = []
+        for path in sorted((self.root / "colabs").glob("*.ipynb")):
+            cells = json.loads(path.read_text("utf-8"))["cells"]
+            text = "\n\n".join(
+                "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"
+            )
+            heading = re.search(r"^#+ +(.+)$", text, re.MULTILINE)
+            after = text[heading.end() :] if heading else text
+            paragraph = next((p for p in re.split(r"\n\s*\n", after) if p.strip()), "")
+            plain = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", " ".join(paragraph.split()))
+            found.append((path, heading[1].replace("`", "") if heading else path.stem, plain))
+        return found
+
+    def is_split(self, room: Room) -> bool:
+        """Whether the room's topics have pages of their own."""
+        return len(room.symbols) > SPLIT_ABOVE
+
+    def page(self, room: Room, topic: Topic | None = None) -> str:
+        """The name of the page of a room, or of one of its topics."""
+        page = f"reference/{room.name}"
+        if topic is None or not self.is_split(room):
+            return page
+        return f"{page}/{slug(room, topic)}"
+
+    def resolve(self, text: str, room: str, symbol: Symbol | None = None) -> Symbol | None:
+        """The public name that is meant by `text` in a docstring of a room."""
+        names = self.package.symbols
+        candidates = [f"jaxref.{room}.{text}", f"jaxref.{text}", text]
+        if symbol:
+            candidates = [
+                f"{symbol.name}.{text}",
+                f"{symbol.name.rpartition('.')[0]}.{text}",
+                f"{symbol.module}.{text}",
+                *candidates,
+            ]
+        for candidate in candidates:
+            if candidate in names:
+                return names[candidate]
+        # Words of the language, as "entropy", are also names of other rooms: those are not meant.
+        if re.fullmatch(r"\w*(_|[a-z][A-Z]|[A-Z][a-z])\w*", text):
+            for other in self.rooms:
+                if other.name != "train" and (found := names.get(f"jaxref.{other.name}.{text}")):
+                    return found
+        return None
+
+    def resolve_page(self, text: str) -> str | None:
+        """The page of a room or a topic, by the name of its module."""
+        for room in self.rooms:
+            if text == f"jaxref.{room.name}":
+                return self.page(room)
+            for topic in room.topics:
+                if text == topic.module:
+                    return self.page(room, topic)
+        return None
+
+
+def slug(room: Room, topic: Topic) -> str:
+    """The topic's file as a part of an address; names from other rooms stand under "others"."""
+    return topic.module.removeprefix(f"jaxref.{room.name}").lstrip(".") or "others"
+
+
+def _place(room: Room, topic: Topic) -> tuple[bool, str]:
+    return slug(room, topic) == "others", title(room, topic).lower()
+
+
+def title(room: Room, topic: Topic) -> str:
+    """A heading: what the file's docstring begins with, if that is short, or the file's name."""
+    file = slug(room, topic)
+    if file == "others":
+        return "From other rooms"
+    sentence = re.split(r"(?<=\w)[.:;](?:\s|$)", topic.docstring, maxsplit=1)[0]
+    if 0 < len(sentence) <= 60 and "\n\n" not in sentence:
+        return " ".join(sentence.replace("`", "").split())
+    words = file.rpartition(".")[2].replace("_", " ")
+    return words[:1].upper() + words[1:]
