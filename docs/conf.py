@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docs" / "_ext"))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
 
 _version = re.search(r'__version__ = "(.+)"', (ROOT / "jaxref" / "__init__.py").read_text("utf-8"))
 

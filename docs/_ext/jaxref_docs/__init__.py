@@ -12,6 +12,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.util.docutils import SphinxDirective
 
+from jaxref.papers import Paper
 from jaxref_docs import formula
 from jaxref_docs.docstring import advice, cost, parse, summary
 from jaxref_docs.navigation import navigation
@@ -26,7 +27,7 @@ from jaxref_docs.render import (
     link_to_page,
     link_to_paper,
 )
-from jaxref_docs.site import Paper, Site
+from jaxref_docs.site import Site
 from jaxref_docs.site import title as heading
 
 

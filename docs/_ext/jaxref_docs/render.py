@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from docutils import nodes
 from sphinx import addnodes
 
+from jaxref.papers import Paper
 from jaxref_docs import formula
 from jaxref_docs.docstring import Block, Doctest, Formula, List, Section, Text, parse
 from jaxref_docs.package import Symbol
-from jaxref_docs.site import Paper, Site
+from jaxref_docs.site import Site
 
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}|[a-z-]+/\d{7})|https?://[^\s,;)]+[^\s,;).]")
 _COMMAND = re.compile(r"(python3?|pip|srun|pytest) ")

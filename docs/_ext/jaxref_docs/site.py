@@ -3,33 +3,15 @@
 import ast
 import json
 import re
-import tomllib
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
+from jaxref.papers import Paper, load
 from jaxref_docs.package import Package, Room, Symbol, Topic
 
 SPLIT_ABOVE = 45
 """Rooms of more names than this have a page for each topic."""
-
-
-class Paper(NamedTuple):
-    """One entry of `jaxref/papers/index.toml`; `jaxref/papers/catalogue.py` explains the keys."""
-
-    id: str
-    title: str
-    authors: str
-    year: int
-    symbols: tuple[str, ...]
-    claim: str
-    test: str
-    arxiv: str | None = None
-    without_arxiv: str | None = None
-    renamed: Mapping[str, str] = {}
-    renamed_because: str | None = None
 
 
 class Site:
@@ -42,12 +24,7 @@ class Site:
     @cached_property
     def papers(self) -> list[Paper]:
         """The papers in the order of their titles."""
-        entries = tomllib.loads(self.index.read_text("utf-8"))
-        papers = [
-            Paper(id=name, **{**entry, "symbols": tuple(entry["symbols"])})
-            for name, entry in entries.items()
-        ]
-        return sorted(papers, key=lambda paper: paper.title.lower())
+        return sorted(load(), key=lambda paper: paper.title.lower())
 
     @property
     def index(self) -> Path:
