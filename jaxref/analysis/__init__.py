@@ -46,6 +46,17 @@ from jaxref.analysis.representations.dependency import (
     mutual_information,
 )
 from jaxref.analysis.representations.similarity import angular_distance
+from jaxref.analysis.scaling_laws.downstream import (
+    LawFit,
+    ValueReport,
+    downstream_log_law,
+    downstream_loss_law,
+    fit_downstream_log_law,
+    fit_downstream_loss_law,
+    plot_downstream_law,
+    pretraining_value_report,
+    translation_alignment_score,
+)
 from jaxref.analysis.scaling_laws.intersection import ScalingIntersection, scaling_intersection
 
 __all__ = [
@@ -84,4 +95,13 @@ __all__ = [
     "penalty_entropy",
     "uniformity",
     "tolerance",
+    "downstream_log_law",
+    "downstream_loss_law",
+    "fit_downstream_log_law",
+    "fit_downstream_loss_law",
+    "LawFit",
+    "plot_downstream_law",
+    "pretraining_value_report",
+    "translation_alignment_score",
+    "ValueReport",
 ]

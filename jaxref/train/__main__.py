@@ -42,7 +42,7 @@ Configuration
                                and quantize.low_rank makes up for the error
   --config.align.method=NAME   grpo, hapo, d3s, pcpg, dpo or f_dpo; also align.steps, align.prompts
                                and align.samples (of each, a step), align.learning_rate, ...
-  --config.unlearn.method=NAME salun, loreun, flat or gradient_ascent; unlearn.files is a pattern
+  --config.unlearn.method=NAME loreun, salun, flat or gradient_ascent; unlearn.files is a pattern
                                of what to forget, unlearn.retrained the directory of a run that
                                never saw it, with which to end alike
   --config.mesh.AXIS=N         how many devices share what: data (the batch), fsdp (parameters too),

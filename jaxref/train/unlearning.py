@@ -32,7 +32,7 @@ class Unlearning(NamedTuple):
     keep_fraction: float = 1.0
 
 
-def gradient_ascent(*, retain_weight: float = 1.0) -> Unlearning:
+def gradient_ascent(*, retain_weight: float = 10.0) -> Unlearning:
     """Up the loss of what is to be forgotten, down that of the rest."""
 
     def loss(model: Any, forget: Batch, retain: Batch, key: Array) -> Array:
@@ -43,7 +43,7 @@ def gradient_ascent(*, retain_weight: float = 1.0) -> Unlearning:
     return Unlearning(loss)
 
 
-def salun(*, keep_fraction: float = 0.5, retain_weight: float = 1.0) -> Unlearning:
+def salun(*, keep_fraction: float = 0.5, retain_weight: float = 10.0) -> Unlearning:
     """SalUn: random tokens as targets of what is to be forgotten, for the weights that it moves
     most (`jaxref.adaptation.saliency_mask`)."""
 
@@ -56,10 +56,10 @@ def salun(*, keep_fraction: float = 0.5, retain_weight: float = 1.0) -> Unlearni
 
 def loreun(
     *,
-    forget_by: Literal["random_tokens", "gradient_ascent"] = "random_tokens",
+    forget_by: Literal["random_tokens", "gradient_ascent"] = "gradient_ascent",
     temperature: float = 1.0,
     keep_fraction: float = 1.0,
-    retain_weight: float = 1.0,
+    retain_weight: float = 10.0,
 ) -> Unlearning:
     """LoReUn: each sequence is forgotten the harder the better the model still knows it
     (`jaxref.adaptation.loreun_loss`)."""

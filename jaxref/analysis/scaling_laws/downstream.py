@@ -41,8 +41,7 @@ def downstream_log_law(
     Raises:
       ValueError: a number out of its range.
 
-    Use it for BLEU, ROUGE, COMET or accuracy, that grow ever more slowly;
-    `downstream_loss_law` is for the cross-entropy.
+    Use it for BLEU, ROUGE, COMET or accuracy, and `downstream_loss_law` for the cross-entropy.
 
     Example:
       >>> print(downstream_log_law([1e8, 1e9, 1e10], log_a=-10.0, alpha=2.0, beta=1.0).round(2))
@@ -422,13 +421,8 @@ def plot_downstream_law(fit: LawFit, *, ax: Any = None) -> Any:
     ax.plot(fit.tokens, fit.predictions, color="C0", label="law")
     ax.scatter(fit.tokens[:n], fit.observations[:n], color="C0", label="fitted")
     if n < len(fit.tokens):
-        ax.scatter(
-            fit.tokens[n:],
-            fit.observations[n:],
-            facecolors="none",
-            edgecolors="C0",
-            label="predicted",
-        )
+        hollow = {"facecolors": "none", "edgecolors": "C0"}
+        ax.scatter(fit.tokens[n:], fit.observations[n:], **hollow, label="predicted")
     ax.set_xscale("log")
     ax.set_xlabel("pretraining tokens")
     ax.legend(frameon=False)
@@ -447,8 +441,7 @@ def _checked(
     check_interval(0, np.inf, closed="right", tokens=x, **{name: y})
     num_fit = len(x) if num_fit is None else num_fit
     check_interval(0, len(x), num_fit=num_fit)
-    order = np.argsort(x, kind="stable")
-    x, y = x[order], y[order]
+    x, y = np.stack([x, y])[:, np.argsort(x, kind="stable")]
     if np.unique(x[:num_fit]).size < 3:
         raise ValueError(f"tokens must hold at least three different numbers to fit, got {x}")
     return x, y, num_fit
@@ -500,14 +493,8 @@ def _best_fit(
 
 
 def _law_fit(
-    predictions: np.ndarray,
-    params: np.ndarray,
-    x: np.ndarray,
-    y: np.ndarray,
-    num_fit: int,
-    converged: bool,
+    f: np.ndarray, params: np.ndarray, x: np.ndarray, y: np.ndarray, num_fit: int, converged: bool
 ) -> LawFit:
     held_out = slice(num_fit, None) if num_fit < len(x) else slice(None)
-    error = float(np.mean(np.abs(predictions - y)[held_out]))
-    residuals = np.log(predictions) - np.log(y)
-    return LawFit(params, x, y, predictions, residuals, num_fit, error, converged)
+    error = float(np.mean(np.abs(f - y)[held_out]))
+    return LawFit(params, x, y, f, np.log(f) - np.log(y), num_fit, error, converged)

@@ -95,12 +95,12 @@ def get_config() -> ConfigDict:
             },
             "unlearn": {
                 "name": "",  # of the directory below unlearned/; by default the method's
-                "method": {"name": "salun"},  # of jaxref.train.unlearning
+                "method": {"name": "loreun"},  # of jaxref.train.unlearning
                 "files": "",  # a pattern of the files to forget
                 "retrained": "",  # directory of a run that never saw them
-                "steps": 100,
-                "measure_every": 5,
-                "learning_rate": 1e-4,
+                "steps": 300,  # at most, where there is `retrained` to end like
+                "measure_every": 10,
+                "learning_rate": 1e-3,
                 "seed": 0,
             },
             "quantize": {
