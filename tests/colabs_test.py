@@ -10,6 +10,16 @@ NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
 
 # What makes a tutorial quick where its pictures do not matter: text of a cell, and its replacement.
 FEWER_STEPS = {
+    "alignment": {
+        '"HAPO": ["align.method=hapo"],': "",
+        '"DPO": ["align.method=dpo"],': "",
+        "steps = 400": "steps = 20",
+        '"GRPO": 20, "HAPO": 10, "DPO": 10, "f-DPO": 10': (
+            '"GRPO": 2, "HAPO": 1, "DPO": 1, "f-DPO": 1'
+        ),
+        "align.prompts=6": "align.prompts=2",
+        "align.validation_samples=48": "align.validation_samples=16",
+    },
     "attention": {"steps=200 batch_size=4": "steps=10 batch_size=4", "steps=600": "steps=110"},
     "contrastive": {
         'device_count=8"': 'device_count=8 --xla_cpu_use_fusion_emitters=false"',

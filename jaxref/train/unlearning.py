@@ -19,6 +19,9 @@ from jaxref.train.losses import token_cross_entropy
 from jaxref.train.methods.frame import Batch
 
 
+ForgetBy = Literal["random_tokens", "gradient_ascent"]
+
+
 class Unlearning(NamedTuple):
     """A way to forget.
 
@@ -43,12 +46,18 @@ def gradient_ascent(*, retain_weight: float = 10.0) -> Unlearning:
     return Unlearning(loss)
 
 
-def salun(*, keep_fraction: float = 0.5, retain_weight: float = 10.0) -> Unlearning:
-    """SalUn: random tokens as targets of what is to be forgotten, for the weights that it moves
-    most (`jaxref.adaptation.saliency_mask`)."""
+def salun(
+    *,
+    forget_by: ForgetBy = "random_tokens",
+    keep_fraction: float = 0.5,
+    retain_weight: float = 10.0,
+) -> Unlearning:
+    """SalUn: random tokens as targets of what is to be forgotten, or ascent, for the weights that it
+    moves most (`jaxref.adaptation.saliency_mask`)."""
+    _check_forget_by(forget_by)
 
     def loss(model: Any, forget: Batch, retain: Batch, key: Array) -> Array:
-        forgotten = token_cross_entropy(model, _random_targets(model, forget, key))
+        forgotten = _forgetting(model, forget, forget_by, key)
         return jnp.mean(forgotten) + retain_weight * jnp.mean(token_cross_entropy(model, retain))
 
     return Unlearning(loss, keep_fraction)
@@ -56,25 +65,18 @@ def salun(*, keep_fraction: float = 0.5, retain_weight: float = 10.0) -> Unlearn
 
 def loreun(
     *,
-    forget_by: Literal["random_tokens", "gradient_ascent"] = "gradient_ascent",
+    forget_by: ForgetBy = "gradient_ascent",
     temperature: float = 1.0,
     keep_fraction: float = 1.0,
     retain_weight: float = 10.0,
 ) -> Unlearning:
     """LoReUn: each sequence is forgotten the harder the better the model still knows it
     (`jaxref.adaptation.loreun_loss`)."""
-    if forget_by not in ("random_tokens", "gradient_ascent"):
-        raise ValueError(
-            f"forget_by must be 'random_tokens' or 'gradient_ascent', got {forget_by!r}"
-        )
+    _check_forget_by(forget_by)
 
     def loss(model: Any, forget: Batch, retain: Batch, key: Array) -> Array:
+        forgotten = jnp.mean(_forgetting(model, forget, forget_by, key), axis=1)
         known = jnp.mean(token_cross_entropy(model, forget), axis=1)
-        if forget_by == "random_tokens":
-            targets = _random_targets(model, forget, key)
-            forgotten = jnp.mean(token_cross_entropy(model, targets), axis=1)
-        else:
-            forgotten = -known
         kept = jnp.mean(token_cross_entropy(model, retain), axis=1)
         return loreun_loss(
             forgotten, kept, known, temperature=temperature, retain_weight=retain_weight
@@ -124,8 +126,18 @@ def flat(
     return Unlearning(loss)
 
 
-def _random_targets(model: Any, batch: Batch, key: Array) -> Batch:
-    """The batch with a random other token in the place of every target."""
+def _check_forget_by(forget_by: str) -> None:
+    if forget_by not in ("random_tokens", "gradient_ascent"):
+        raise ValueError(
+            f"forget_by must be 'random_tokens' or 'gradient_ascent', got {forget_by!r}"
+        )
+
+
+def _forgetting(model: Any, batch: Batch, forget_by: ForgetBy, key: Array) -> Array:
+    """What is minimised to forget, of each token: the loss of a random other token in its place, or
+    minus its own."""
+    if forget_by == "gradient_ascent":
+        return -token_cross_entropy(model, batch)
     targets, tokens = batch["targets"], model.config.vocab_size
     others = (targets + jax.random.randint(key, targets.shape, 1, tokens)) % tokens
-    return batch | {"targets": others}
+    return token_cross_entropy(model, batch | {"targets": others})
