@@ -10,7 +10,8 @@ of steps. Nats per byte are cross-entropies of files that no model learns.
   training has many, at nearly the same validation loss, and the same for as many learned tokens.
 - emo: the mean cost of moving a model's mass to the right byte, by the output matrix of the plain
   model; in text that it samples, the share of words of four letters or more that the library has,
-  and how many are different. The paper: better samples than maximum likelihood.
+  and how many are different. From the start, or for half as many steps after plain training, at a
+  lower learning rate. The paper: better samples than maximum likelihood.
 - reweighted: half of the windows are one of eight, again and again. The paper: `linupper`, which
   looks away from what has been learned, gets further in as many steps; `extremes` looks at both
   ends and is the control.
@@ -21,8 +22,9 @@ of steps. Nats per byte are cross-entropies of files that no model learns.
   sides, in the format of its blanks, or the left one. The plain model is asked in the same format,
   too, with zero bytes for special tokens. The paper: infilling is learned, and costs a little of
   what is learned from left to right.
-- electra: how often the detector is right of tokens, beside the share that are original, which one
-  that always says so is right of. The paper: every token teaches the detector, not the masked ones.
+- electra: the share of tokens of which the detector is right, and its nats, beside those of saying
+  "original" of each with the same probability, which is right of all that are. The paper: every
+  token teaches the detector, not the masked ones alone.
 - glm_blank: nats of each token of a blank and its end, for short blanks, which have two sides, and
   for those of all of the end, beside those of each byte from left to right. The paper: a context
   that sees all of itself tells more.

@@ -18,7 +18,6 @@ from jaxref.core.checks import check_interval
 from jaxref.train.losses import token_cross_entropy
 from jaxref.train.methods.frame import Batch
 
-
 ForgetBy = Literal["random_tokens", "gradient_ascent"]
 
 
@@ -52,7 +51,7 @@ def salun(
     keep_fraction: float = 0.5,
     retain_weight: float = 10.0,
 ) -> Unlearning:
-    """SalUn: random tokens as targets of what is to be forgotten, or ascent, for the weights that it
+    """SalUn: random tokens as targets of what is to be forgotten, or ascent, for the weights it
     moves most (`jaxref.adaptation.saliency_mask`)."""
     _check_forget_by(forget_by)
 
