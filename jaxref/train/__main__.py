@@ -41,7 +41,8 @@ Configuration
                                and inputs to a scale: quantize.bits, quantize.block_size (0: all);
                                and quantize.low_rank makes up for the error
   --config.align.method=NAME   grpo, hapo, d3s, pcpg, dpo or f_dpo; also align.steps, align.prompts
-                               and align.samples (of each, a step), align.learning_rate, ...
+                               and align.samples (of each, a step), align.learning_rate, ..., and
+                               the reward, align.reward.name: parses
   --config.unlearn.method=NAME loreun, salun, flat or gradient_ascent; unlearn.files is a pattern
                                of what to forget, unlearn.retrained the directory of a run that
                                never saw it, with which to end alike

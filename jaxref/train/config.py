@@ -184,7 +184,8 @@ def saved_config(workdir: epath.Path) -> ConfigDict:
     with only_os_errors(saved):
         if not saved.is_file():
             raise FileNotFoundError(f"{workdir} is not the working directory of a run")
-        return from_json(saved.read_text())
+        text = saved.read_text()
+    return from_json(text)
 
 
 def learned(config: ConfigDict) -> str:

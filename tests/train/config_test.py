@@ -108,8 +108,7 @@ class TestOverrides:
             ("model.num_layers=2.5", r"model.num_layers must be int"),
             ("model.gated=yes", r"model.gated must be bool"),
             ("schedule.peak_value=high", r"schedule.peak_value must be float"),
-            ("optimizer=lion", r"optimizer is a section; set one of its keys: optimizer\.\w+"),
-            ("model.query_key_norm=none", r"is a section; .*model.query_key_norm.name"),
+            ("sample=3", r"sample is a section; set one of its keys: sample\.\w+"),
         ],
     )
     def test_what_cannot_be_is_named(self, override, message):
@@ -117,8 +116,13 @@ class TestOverrides:
             load(override)
 
     def test_key_with_a_value_and_keys_below(self):
-        with pytest.raises(ConfigError, match="'optimizer' is given a value of its own"):
-            load("optimizer=lion", "optimizer.b1=0.9")
+        with pytest.raises(ConfigError, match="'sample' is given a value of its own"):
+            load("sample=3", "sample.length=4")
+
+    def test_the_value_of_a_component_is_its_name(self):
+        config = load("optimizer=lion", "optimizer.b1=0.8", "model.query_key_norm=none")
+        assert config.optimizer.to_dict() == {"name": "lion", "b1": 0.8}
+        assert config.model.query_key_norm.name is None
 
 
 class TestFile:

@@ -211,7 +211,8 @@ class TestErrors:
             (["--config.stps=3"], "ConfigError: unknown configuration key 'stps'; did you mean"),
             (
                 ["--mode=fly"],
-                "flag --mode=fly: value should be one of <train|eval|sample|quantize|report>",
+                "flag --mode=fly: value should be one of "
+                "<train|eval|sample|quantize|align|unlearn|report>",
             ),
             (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ],
@@ -238,7 +239,7 @@ class TestHelp:
                 "python -m jaxref.train --mode=sample",
                 "--config.optimizer.name=NAME",
                 "--workdir:",
-                "--mode: <train|eval|sample|quantize|report>:",
+                "--mode: <train|eval|sample|quantize|align|unlearn|report>:",
                 "--config:",
             ):
                 assert text in result.stdout
