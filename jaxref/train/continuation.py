@@ -115,7 +115,7 @@ class Continuation:
             finished = saved["finished"]
             return (self._outcome if finished else self.program).abstract_state
 
-        with Checkpoints(self.workdir / "checkpoints", keep=1) as checkpoints:
+        with Checkpoints(self.workdir / "checkpoints") as checkpoints:
             restored = checkpoints.restore(abstract, self._batches)
             start = 0
             if restored is not None:
