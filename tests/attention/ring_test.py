@@ -132,7 +132,7 @@ def exact(arrays, **options):
         return differentiated(functools.partial(whole, **options), *wide)
 
 
-def assert_all_close(got, expected, tolerance=1e-5):
+def assert_all_close(got, expected, tolerance=4e-5):
     for a, b in zip(got, expected, strict=True):
         size = np.abs(b).max(initial=1)
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * size)
