@@ -83,9 +83,8 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
     batches = training_batches(config, data, program.rows)
     prepare = _with_reference(config, program)
     outcome = _outcome(data, program)
-    if (
-        isinstance(data, Corpus) and outcome == _SAMPLE
-    ):  # what is wrong should show now, not after the training
+    # what is wrong should show now, not after the training
+    if isinstance(data, Corpus) and outcome == _SAMPLE:
         prompt_tokens(config, data)
         _check_generates(config, program)
     workdir = open_workdir(workdir)
@@ -517,7 +516,7 @@ def reference(config: ConfigDict, workdir: Path) -> tuple[Program, TrainState]:
     """The model of another run on the same devices and windows, and its newest state.
 
     Raises:
-      ConfigError: its data or windows are others.
+      ConfigError: its vocabulary or windows are others.
       CheckpointError: there is no checkpoint that can be read.
     """
     other = saved_config(workdir)
@@ -526,6 +525,11 @@ def reference(config: ConfigDict, workdir: Path) -> tuple[Program, TrainState]:
             raise ConfigError(
                 f"{key} must be that of the reference {workdir}, {other[key]}, got {config[key]}"
             )
+    if other.data.vocab_size != config.data.vocab_size:
+        raise ConfigError(
+            f"data.vocab_size must be that of the reference {workdir}, {other.data.vocab_size}, "
+            f"got {config.data.vocab_size}"
+        )
     other.mesh, other.rules = config.mesh, config.rules
     data = load(other)
     program = build_program(other, data)
