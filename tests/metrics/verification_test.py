@@ -64,15 +64,15 @@ class TestOpis:
 
     def test_grows_with_unequal_spread_and_is_0_for_alike_classes(self):
         everything = np.ones(24, bool)
-        angles = np.array([-0.2, -0.1, 0.0, 0.1, 0.2, 0.3])
-        alike = np.zeros((24, 12))
-        for k in range(4):  # one figure, four times
-            alike[6 * k : 6 * k + 6, 3 * k : 3 * k + 2] = np.stack(
-                [np.cos(angles), np.sin(angles)], 1
-            )
-        alike[:, 2::3] = 0.5
+        angles = np.array([-0.2, -0.13, 0.0, 0.06, 0.21, 0.3])  # no two differences are equal
+        quarters = angles + np.pi / 2 * np.arange(4)[:, None]  # one figure, four times
+        alike = np.stack([np.cos(quarters), np.sin(quarters)], axis=-1).reshape(24, 2).astype("f")
         labels = np.repeat(np.arange(4), 6)
-        np.testing.assert_allclose(scores(alike.astype("f"), labels, everything, 1.0), 0, atol=1e-9)
+        # Cosines come in fours, equal but for rounding: neither end may fall on one of 216.
+        between = (11.5 / 215, 83.5 / 215)
+        for score in (metrics.operating_point_inconsistency_score, metrics.epsilon_opis):
+            found = score(alike, labels, false_accept_range=between)
+            np.testing.assert_allclose(found, 0, atol=1e-9)
         growing = [
             scores(clusters([0.15, 0.15, 0.15, wide])[0], labels, everything, 1.0)[0]
             for wide in (0.15, 0.35, 0.7)
