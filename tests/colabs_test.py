@@ -29,6 +29,10 @@ FEWER_STEPS = {
         "devices = (1, 2, 4, 8)": "devices = (1, 4)",
     },
     "losses": {"seeds=5": "seeds=2", "steps=600": "steps=20"},
+    "method": {
+        "steps, seeds = 600, jnp.arange(3)": "steps, seeds = 20, jnp.arange(1)",
+        "0.08": "-1",
+    },
     "normalization": {"steps = 80": "steps = 20", "steps=60": "steps=22"},
     "optimizers": {"steps, every = 100, 5": "steps, every = 10, 5"},
     "pod": {

@@ -52,7 +52,9 @@ Returns:
 Raises:
   ValueError, TypeError: what is wrong.
 
-Use it here; `e.g. There` too. It costs O(n²). The last one is not advice.
+Use it here; `e.g. There` too.
+
+Cost: O(n²) = much. It is not advice.
 
 Example:
   >>> print(1)
@@ -92,7 +94,7 @@ def display(*lines, names=()):
 
 
 def test_a_docstring_is_cut_into_its_parts():
-    first, block, arguments, returns, raises, use, example, reference = form.parse(DOCSTRING)
+    first, block, arguments, returns, raises, use, costs, example, reference = form.parse(DOCSTRING)
     assert first == form.Text("What it computes, with `other_name`.")
     assert block == form.Formula(("L = Σ_i x_i       where so", "L = 0             elsewhere"))
     assert [name for name, _ in arguments.items] == ["logits, labels", "axis"]
@@ -104,6 +106,7 @@ def test_a_docstring_is_cut_into_its_parts():
     assert returns == form.Section("Returns", (("", (form.Text("`[...]` losses."),)),))
     assert raises.items == (("ValueError, TypeError", (form.Text("what is wrong."),)),)
     assert use.text.startswith("Use it here")
+    assert costs.text.startswith("Cost: ")
     assert example == form.Section("Example", (("", (form.Doctest(">>> print(1)\n1"),)),))
     assert reference.role == "reference"
     assert reference.text.endswith("arXiv:2302.03952.")
@@ -113,7 +116,7 @@ def test_the_comparison_takes_its_sentences_from_the_docstring():
     blocks = form.parse(DOCSTRING)
     assert form.summary(blocks) == "What it computes, with `other_name`."
     assert form.advice(blocks) == "Use it here; `e.g. There` too."
-    assert form.cost(blocks) == "It costs O(n²)."
+    assert form.cost(blocks) == "O(n²) = much. It is not advice."
     assert form.split_sentences("By Hui et al. The `a. B` end. Then more.") == [
         "By Hui et al. The `a. B` end.",
         "Then more.",
@@ -174,6 +177,20 @@ def test_docstrings_have_the_form_that_the_site_reads():
         if (problems := form.irregularities(symbol.docstring))
     }
     assert found == {}
+
+
+def test_every_method_says_when_to_use_it_and_what_it_costs():
+    site = importlib.import_module("jaxref_docs.site")
+    silent = []
+    for room in site.Site(ROOT).rooms:
+        for symbol in room.symbols:
+            is_method = not symbol.is_state and symbol.kind != "data"
+            is_alias = symbol.docstring.startswith("Another name of")
+            if room.name not in site.PROGRAMS and is_method and not is_alias:
+                blocks = form.parse(symbol.docstring)
+                if not (form.advice(blocks) and form.cost(blocks)):
+                    silent.append(symbol.name)
+    assert silent == []
 
 
 @pytest.mark.slow

@@ -57,6 +57,9 @@ def federated_round(
     Use it under `jax.jit`, with the axis of the clients split over the devices of a mesh, to
     simulate a federation or to run one of silos.
 
+    Cost: clients · E local steps, with a copy of the parameters for each client in memory; over
+    devices one all-reduce of the parameters' size a round.
+
     Example:
       >>> move = lambda params, batch: params + 0.5 * (batch - params)
       >>> batches = jnp.array([[0.0], [4.0]])  # two clients with a batch each
@@ -136,6 +139,8 @@ def fedwon_client_update(
 
     Use it where clients have data of different kinds, or batches down to a single example, on which
     batch normalization fails.
+
+    Cost: one gradient a step, and the norms of units of weights and gradients; no state.
 
     Example:
       >>> loss = lambda params, batch: jnp.sum(params["head"] * batch)

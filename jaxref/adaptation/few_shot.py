@@ -38,6 +38,9 @@ def class_prototypes(
     Use it to classify by the nearest prototype, in Euclidean distance; `novel_class_head` is for
     cosines.
 
+    Cost: a product of num_classes · examples · features, and an embedding of each example; no
+    training.
+
     Example:
       >>> support = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
       >>> print(class_prototypes(support, jnp.array([0, 0, 1]), 2))
@@ -82,6 +85,9 @@ def novel_class_head(
     Use it where the classes of training are not asked for any more; `imprint_class` adds to them.
     A largest cosine below a threshold says that an input is of no class.
 
+    Cost: a product of num_classes · examples · features, and an embedding of each example; no
+    training.
+
     Example:
       >>> support = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
       >>> print(novel_class_head(support, jnp.array([0, 0, 1]), 2))
@@ -116,6 +122,8 @@ def imprint_class(class_weights: ArrayLike, embeddings: ArrayLike) -> Array:
     Use it to go on with a classifier that was trained with `jaxref.losses.normalized_softmax_loss`
     or a loss with angular margin: the vectors of a class are then where its embeddings are. Other
     heads have lengths and biases, which an imprinted class would not fit.
+
+    Cost: one pass over the embeddings and a copy of the head; no training.
 
     Example:
       >>> print(imprint_class(jnp.eye(2), jnp.array([[3.0, 3.0]])).round(3))

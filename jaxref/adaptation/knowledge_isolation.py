@@ -77,6 +77,8 @@ def adaptive_retain_multiplier(
 
     Use it by `constrained_unlearning_loss`, which keeps the reference.
 
+    Cost: elementwise.
+
     Example:
       >>> print(adaptive_retain_multiplier(jnp.array([0.1, 0.5, 1.0, 9.0]), 0.0))
       [1.2 1.5 2.3 2.3]
@@ -101,6 +103,11 @@ def constrained_unlearning_init() -> ConstrainedUnlearningState:
 
     Returns:
       `ConstrainedUnlearningState` of no retained example.
+
+    Use it once, before the first epoch. Keep the state in checkpoints:
+    `constrained_unlearning_loss` cannot find the losses of the first epoch again.
+
+    Cost: two scalars.
 
     Example:
       >>> constrained_unlearning_init().retain_count
@@ -154,6 +161,9 @@ def constrained_unlearning_loss(
     Use it with `jaxref.optimizers.train_only` and a `layer_filter`. Ascent has no bound: stop once
     enough is forgotten. The authors train for 8 epochs at a rate of 1.5e-5, 120 examples a step.
 
+    Cost: one pass over the tokens' losses and two scalars of state; a forward and backward pass of
+    both batches, no reference model.
+
     Example:
       >>> forget, retain = jnp.array([1.0, 3.0]), jnp.array([0.5])
       >>> state = constrained_unlearning_init()
@@ -204,6 +214,8 @@ def layer_filter(params: Any, layers: Iterable[int] = range(6), module: str = "m
     Use it as the mask of `jaxref.optimizers.train_only`, after `causal_tracing` has shown which
     layers matter. The first number in a path is that of the layer; layers that are stacked in one
     array have none.
+
+    Cost: a look at each path, no arrays.
 
     Example:
       >>> layer = {"attention": {"kernel": 0.0}, "mlp": {"kernel": 0.0}}
@@ -282,8 +294,10 @@ def causal_tracing(
       TypeError: embeddings that are not floating point, or targets that are not integers.
 
     Use it on facts that the model knows, whose clean probability is high, and average over prompts
-    by the role of their positions: first and last token of the subject, those after it. It takes
-    layers · length runs of prompts · draws sequences, one after the other, in one program.
+    by the role of their positions: first and last token of the subject, those after it.
+
+    Cost: layers · length forward passes of prompts · draws sequences, one after the other in one
+    program; the clean states of all layers in memory.
 
     Example:
       >>> def apply_fn(params, x, edit):

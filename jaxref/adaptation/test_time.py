@@ -50,6 +50,8 @@ def class_correlation_loss(
     predicted rarely the weight of the others: one that is never predicted adds almost 1/K, as long
     as the traces of it sum to more than 10⁻⁸.
 
+    Cost: that of a softmax over the classes; shards exchange two numbers a class.
+
     Example:
       >>> class_correlation_loss(jnp.array([[0.0, 0.0], [0.0, 0.0]])).round(3)
       Array(0.5, dtype=float32)
@@ -108,6 +110,9 @@ def core_adapt_step(
 
     Use it on a stream of batches with all classes in them. Nothing holds the parameters near their
     initial values: keep those to return to, and the learning rate small.
+
+    Cost: a backward pass for each batch beside the forward one that predicts; the optimizer's state
+    of what is adapted.
 
     Example:
       >>> from jaxref.optimizers import norm_parameters_only, train_only

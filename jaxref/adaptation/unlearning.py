@@ -75,6 +75,9 @@ def flat_loss(
     Use it to unlearn without data to retain and without a reference model. Where the vocabulary is
     large, `flat_loss_of_log_probs` needs no logits.
 
+    Cost: two softmaxes over the vocabulary; a forward and backward pass of the model for both
+    answers, none of a reference model.
+
     Example:
       >>> template, forget = jnp.zeros((1, 3, 4)), jnp.zeros((1, 2, 4))
       >>> labels = jnp.array([[1, 2, 3]])
@@ -150,6 +153,9 @@ def flat_loss_of_log_probs(
     Use it with the negative of `jaxref.kernels.linear_softmax_cross_entropy`, which forms no
     logits; else `flat_loss`.
 
+    Cost: one pass over the tokens' log-probabilities, beside the forward and backward pass of both
+    answers.
+
     Example:
       >>> template, forget = jnp.log(jnp.array([[0.5, 0.7]])), jnp.log(jnp.array([[0.2]]))
       >>> print(flat_loss_of_log_probs(template, forget, divergence="pearson").round(4))
@@ -197,6 +203,8 @@ def mean_answer_probability(
 
     Use it to follow what `flat_loss` does to either answer.
 
+    Cost: one pass over the tokens' log-probabilities.
+
     Example:
       >>> log_probs = jnp.log(jnp.array([[0.5, 0.7, 0.1]]))
       >>> print(mean_answer_probability(log_probs, where=jnp.array([True, True, False])).round(3))
@@ -237,6 +245,8 @@ def variational_f_divergence(
 
     Use it to bound a divergence from below by samples, or to see the weights of `flat_loss`: the
     derivatives of the two at P_e and P_f.
+
+    Cost: elementwise functions.
 
     Example:
       >>> g, conjugate_of_g = variational_f_divergence("kl")
@@ -319,6 +329,9 @@ def unlearning_metrics(
     Use it on all of each set, with the model in evaluation mode. No value is good by itself: an
     ideal model has those of a model that was trained without the forget set, see `unlearning_gap`.
 
+    Cost: a forward pass over all three sets; then a softmax for each example and sorts of the
+    confidences, O(n log n).
+
     Example:
       >>> sure, unsure = jnp.array([[4.0, 0.0]]), jnp.array([[1.0, 0.0]])
       >>> label = jnp.array([0])
@@ -374,6 +387,8 @@ def unlearning_gap(metrics: UnlearningMetrics, retrained: UnlearningMetrics) -> 
 
     Use it to rank methods of unlearning; forgetting more than the retrained model counts as badly
     as forgetting less.
+
+    Cost: four differences, but a training from scratch for the model to compare with.
 
     Example:
       >>> gap = unlearning_gap(UnlearningMetrics(0.9, 1.0, 0.8, 0.5), UnlearningMetrics(*[0.8] * 4))

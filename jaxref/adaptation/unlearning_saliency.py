@@ -64,6 +64,9 @@ def saliency_mask(
     that forgets. The global ranking sorts all weights in one array: take "leaf" or a threshold
     where they are spread over devices.
 
+    Cost: a forward and backward pass over the forget set, once; a sum of gradients in float32 and a
+    sort of all weights (of each leaf; none for a threshold).
+
     Example:
       >>> params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
       >>> loss = lambda p, x: jnp.sum(p["a"] ** 2) * x + jnp.sum(p["b"])
@@ -121,6 +124,8 @@ def masked_updates(mask: Any | Callable[[Any], Any]) -> optax.GradientTransforma
     Use it to put a mask on a chain that is there. `train_only` around an optimizer does this and
     masks the gradients too, so that clipping by a global norm sees the mask's weights alone.
 
+    Cost: a boolean for each weight in the state, and a pass over the updates.
+
     Example:
       >>> weights = jnp.array([1.0, 1.0])
       >>> optimizer = optax.chain(optax.adamw(0.1), masked_updates(jnp.array([True, False])))
@@ -158,6 +163,8 @@ def random_label_forget_loss(
 
     Use its mean as a forgetting loss by itself, as `salun_classification_loss` does, or with
     `loreun_loss`.
+
+    Cost: that of a softmax over the classes, and a random number an example.
 
     Example:
       >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0]])
@@ -225,6 +232,8 @@ def salun_classification_loss(
     Use it with `masked_updates` of a `saliency_mask`: that is SalUn. All weights free, it is
     unlearning by random labels.
 
+    Cost: that of a softmax over the classes; a forward and backward pass of both batches.
+
     Example:
       >>> logits = jnp.zeros((3, 2))
       >>> labels = jnp.array([0, 1, 0])
@@ -280,6 +289,9 @@ def salun_diffusion_loss(
     Use it with `masked_updates` of a `saliency_mask`, that of the denoising loss on the images to
     forget.
 
+    Cost: one pass over the predictions, which are three of the model, `pseudo_noise` without a
+    backward pass.
+
     Example:
       >>> a, b = jnp.zeros((2, 3)), jnp.ones((4, 3))
       >>> print(salun_diffusion_loss(a, a + 1, b, b - 2, retain_weight=0.1).round(3))
@@ -334,6 +346,9 @@ def loss_reweighting(
       TypeError: losses that are not floating point.
 
     Use it on any forgetting loss, by `loreun_loss` or a product of one's own.
+
+    Cost: one pass over the losses. Static weights take one forward pass over the set in all,
+    dynamic ones the losses of each step.
 
     Example:
       >>> print(loss_reweighting(jnp.array([0.0, 1.0, 2.0])).round(3))
@@ -393,6 +408,9 @@ def loreun_loss(
 
     Use it where some examples are still known after others are forgotten. It goes with
     `masked_updates`.
+
+    Cost: one pass over the losses; a forward and backward pass of both batches, nothing more if the
+    weights are of the same pass.
 
     Example:
       >>> forget, retain = jnp.array([3.0, 1.0]), jnp.array([0.5])

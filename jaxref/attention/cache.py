@@ -49,6 +49,8 @@ def key_value_cache_init(
     Use it before the first `key_value_cache_append` of a generation;
     `jaxref.quantization.staircase_cache_init` takes less memory.
 
+    Cost: max_length · kv_heads · (head_dim + value_dim) numbers a sequence and layer.
+
     Example:
       >>> key_value_cache_init(2, 16, 4, 8).key.shape
       (2, 16, 4, 8)
@@ -57,9 +59,8 @@ def key_value_cache_init(
     arXiv:1911.02150.
     """
     value_dim = head_dim if value_dim is None else value_dim
-    check_interval(
-        1, jnp.inf, batch=batch, max_length=max_length, kv_heads=kv_heads, head_dim=head_dim
-    )
+    check_interval(1, jnp.inf, batch=batch, max_length=max_length, kv_heads=kv_heads)
+    check_interval(1, jnp.inf, head_dim=head_dim, value_dim=value_dim)
     shape = (batch, max_length, kv_heads)
     return KeyValueCache(
         jnp.zeros((*shape, head_dim), dtype), jnp.zeros((*shape, value_dim), dtype)
@@ -86,6 +87,9 @@ def key_value_cache_append(
 
     Use it with a mask that admits the keys up to each query's position: sequences of a batch may
     differ in length, and what lies beyond a sequence's end is overwritten by its next tokens.
+
+    Cost: n positions a sequence written in place where `jax.jit` donates the cache; a copy of the
+    cache else.
 
     Example:
       >>> cache = key_value_cache_init(2, 4, 1, 1)

@@ -60,10 +60,15 @@ def dot_product_attention(
         implementation that does not exist or cannot run.
       TypeError: `query`, `key`, `value` or `bias` not floating point, or a `mask` not boolean.
 
-    Use it wherever attention is plain; it is quick on CPU as well, and its causal form skips most
-    of what it would mask. By XLA it has derivatives of any kind and order, and keeps the weights of
-    all blocks for the backward pass; where they do not fit in memory, take `flash_attention`. A
-    kernel has gradients in reverse mode, once.
+    Use it wherever attention is plain: `jaxref.kernels.flash_attention` is for weights that do not
+    fit in memory, `ring_attention` for sequences that do not fit on a device, `linear_attention`
+    for those whose square of weights costs too much.
+
+    Cost: O(q_len · k_len · head_dim) time a head, about half of it where causal; by XLA q_len ·
+    k_len weights a head kept for the backward pass, by a kernel none.
+
+    By XLA it has derivatives of any kind and order, and is quick on CPU as well. A kernel has
+    gradients in reverse mode, once.
 
     Example:
       >>> x = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)

@@ -46,8 +46,7 @@ def third_order_attention(
 
     for keys a, b and values u, v of the first and the second set: attention with the n² rows of
     the Khatri-Rao products of both key sets and both value sets. Pairs are formed `block_size` keys
-    of the first set at a time, and again in the backward pass, so that memory grows with n² and
-    time with n³.
+    of the first set at a time, and again in the backward pass.
 
     Args:
       query: `[batch, q_len, heads, head_dim]` floating point.
@@ -74,6 +73,8 @@ def third_order_attention(
 
     Use it where what matters about a token shows in triples, which `dot_product_attention` cannot
     detect; `approximate_third_order_attention` is linear in the lengths for small entries.
+
+    Cost: O(n³ · head_dim) time and O(n² · block_size) memory a head, for sets of n keys.
 
     Example:
       >>> x = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
@@ -162,7 +163,7 @@ def higher_order_attention(
         y_i = Σ_{j1...jp} softmax(scale · Σ_l q_il a_{j1,l} ... z_{jp,l}) (u_{j1} ⊙ ... ⊙ w_{jp})
 
     One set is `dot_product_attention`, two are `third_order_attention`. Of more, all but the first
-    are multiplied out beforehand, so that time and memory grow with the products of the lengths.
+    are multiplied out beforehand.
 
     Args:
       query: `[batch, q_len, heads, head_dim]` floating point.
@@ -184,6 +185,8 @@ def higher_order_attention(
       TypeError: an array that is not floating point, or a mask that is not boolean.
 
     Use it for orders above three on short sequences, where `third_order_attention` is not enough.
+
+    Cost: O(n^(p+1) · head_dim) time and O(n^p · block_size) memory a head, for p sets of n keys.
 
     Example:
       >>> x = jnp.array([0.0, 1.0, 2.0]).reshape(1, 3, 1, 1)
@@ -268,6 +271,9 @@ def polynomial_features(
     Use it as a feature map of `linear_attention`, or see
     `approximate_third_order_attention`, which does.
 
+    Cost: C(d + g, g) numbers and about as many multiplications a vector: 4845 for d of 16 and g of
+    4.
+
     Example:
       >>> print(polynomial_features(jnp.array([2.0, 3.0]), 2))
       [1. 2. 3. 4. 6. 9.]
@@ -319,8 +325,7 @@ def approximate_third_order_attention(
         exp(scale · Σ_l q_l a_l b_l) ≈ φ'(q) · (φ(a) ⊙ φ(b))
         y_i = φ'(q_i)ᵀ (φ(A)ᵀU ⊙ φ(B)ᵀV) / φ'(q_i)ᵀ (φ(A)ᵀ1 ⊙ φ(B)ᵀ1)
 
-    for matrices A, B of keys and U, V of values: neither pairs nor weights are ever formed, and the
-    cost is that of n · r · head_dim products for r = C(head_dim + g, g) features.
+    for matrices A, B of keys and U, V of values: neither pairs nor weights are ever formed.
 
     Args:
       query: `[batch, q_len, heads, head_dim]` floating point, of small entries: the error grows
@@ -345,6 +350,9 @@ def approximate_third_order_attention(
 
     Use it for long sequences with entries below about (log n)^(1/3); above that no algorithm is
     much faster than `third_order_attention`, if a widely held conjecture (SETH) is true.
+
+    Cost: O(n r · value_dim) time and O(n r) memory a head, for n keys and the r features,
+    C(head_dim + g, g): 4845 for heads of 16 and degree 4.
 
     Example:
       >>> x = jnp.array([0.1, 0.2, 0.3]).reshape(1, 3, 1, 1)
@@ -409,6 +417,8 @@ def required_degree(
 
     Use it to choose the `degree` of `approximate_third_order_attention`.
 
+    Cost: g / 2 steps on the host, before the model is built.
+
     Example:
       >>> required_degree(1.0, 64, 1e-3), required_degree(2.0, 64, 1e-3)
       (6, 32)
@@ -455,6 +465,8 @@ def match_three_embedding(values: ArrayLike, modulus: int) -> tuple[Array, Array
 
     Use it with a large scale in `third_order_attention`: one layer then finds the triples, where a
     layer over single keys needs heads and features that grow with the length of the sequence.
+
+    Cost: 12 numbers a token, elementwise.
 
     Example:
       >>> query, key1, key2 = match_three_embedding(jnp.array([1, 2, 4]), 7)

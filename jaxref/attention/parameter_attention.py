@@ -85,6 +85,9 @@ def parameter_attention(
     `jaxref.nn.ParameterAttention`; for fixed sizes a matrix is half the work. "softmax" cannot grow
     without a change of the outputs.
 
+    Cost: n (inputs + outputs) parameters, as many multiplications an input, and n scores in
+    between.
+
     Example:
       >>> keys, values = jnp.eye(2), jnp.array([[1.0], [10.0]])
       >>> print(parameter_attention(jnp.array([[5.0, 0.0], [0.0, 0.1]]), keys, values).round(1))
@@ -161,6 +164,8 @@ def grow_parameter_tokens(
     Use it with `scale` fixed at the value before, and `grow_optimizer_state` for what the optimizer
     remembers. Not with the softmax form, in which a score of 0 has weight.
 
+    Cost: a copy of the tokens, once; `extra` (inputs + outputs) parameters more.
+
     Example:
       >>> tokens = jnp.ones((4, 2)), jnp.ones((4, 3))
       >>> keys, values = grow_parameter_tokens(*tokens, 2, key=jax.random.key(0))
@@ -201,6 +206,8 @@ def grow_optimizer_state(state: Any, grown: Any) -> Any:
     Use it after `grow_parameter_tokens`, to go on with the schedule and the moments of a run. Under
     Adam the new entries' moments start from 0 at a late count, which no bias correction makes up
     for: their first step is up to (1 - β1) / √(1 - β2) times the learning rate, 3.2 by default.
+
+    Cost: a copy of the state, once.
 
     Example:
       >>> state = {"count": jnp.array(7), "mu": jnp.ones((2, 3))}

@@ -45,8 +45,7 @@ def scatter_softmax(logits: ArrayLike, segment_ids: ArrayLike, num_segments: int
 
         w_i = exp(a_i - m_s) / Σ_{j in s} exp(a_j - m_s),   m_s = max_{j in s} a_j
 
-    with s the segment of row i. The weights of a segment with rows add up to 1; each row costs the
-    same, however the rows are spread.
+    with s the segment of row i. The weights of a segment with rows add up to 1.
 
     Args:
       logits: a `[rows, ...]` floating point.
@@ -65,6 +64,9 @@ def scatter_softmax(logits: ArrayLike, segment_ids: ArrayLike, num_segments: int
 
     Use it in place of a masked softmax where sets of different sizes lie one after the other;
     `point_grid_attention` forms the weighted sums too.
+
+    Cost: O(rows) a channel, however the rows are spread: two reductions over segments and two
+    look-ups.
 
     Example:
       >>> print(scatter_softmax(jnp.array([0.0, 5.0, 0.0]), jnp.array([1, 0, 1]), 3))
@@ -113,7 +115,7 @@ def point_grid_attention(
 
     The logits are vectors: a channel has a softmax of its own, and its weight is shared by the
     channels that lie the same place in the `share_groups` parts of v. No point is compared with
-    another, so that the cost is that of points and cells, O(n + R^dim).
+    another.
 
     Args:
       point_keys: k `[batch, points, features]` floating point; in the paper the sum of a linear map
@@ -140,6 +142,8 @@ def point_grid_attention(
     Use it to put the features of a point cloud on a grid for convolutions, where a mean or a
     maximum over a cell loses what differs in it; `grid_to_points` is the way back, and
     `jaxref.nn.PointGridBlock` both with their maps.
+
+    Cost: O((n + R^dim) · features) for n points, and `weight_fn` of each point; no pairs of points.
 
     Example:
       >>> values = jnp.array([[[1.0], [3.0], [7.0]]])
@@ -216,6 +220,8 @@ def grid_to_points(grid: ArrayLike, positions: ArrayLike) -> Array:
     Use it to read features at points; nodes at the corners of [0, 1]^dim are what PyTorch's
     `grid_sample` has with `align_corners=True` and the border as padding, and what the paper's
     release reads with, though its cells of `point_grid_attention` are R equal parts.
+
+    Cost: 2^dim look-ups of the features of a node for each point.
 
     Example:
       >>> grid = jnp.array([0.0, 1.0, 5.0]).reshape(1, 3, 1)

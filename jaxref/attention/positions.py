@@ -48,6 +48,9 @@ def rotary_embedding(
     pairing by halves is that of Llama and Gemma; the paper pairs neighbours, which is the same up
     to a permutation of the features.
 
+    Cost: four multiplications for each pair of features, and a table of [length, head_dim / 2]
+    angles.
+
     Example:
       >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
       >>> rotary_embedding(x, jnp.array([2]))[0, 0, 0].tolist()  # cos 2, sin 2
@@ -101,9 +104,13 @@ def sinusoidal_position_embedding(length: int, dim: int, *, base: float = 10000.
     Raises:
       ValueError: a size out of range, or `base` at most 1.
 
-    Add it to the embeddings of a sequence, or of the patches of an image in reading order, ahead of
-    the first layer; for the next token of a generation take a row. `rotary_embedding` acts on query
-    and key instead, so that attention sees distances alone.
+    Use it on the embeddings of a sequence, or of the patches of an image in reading order, added
+    ahead of the first layer. `rotary_embedding` acts on query and key instead, so that attention
+    sees distances alone.
+
+    Cost: length · dim numbers, made once on the host; nothing to learn.
+
+    For the next token of a generation take a row.
 
     Example:
       >>> print(sinusoidal_position_embedding(2, 4))
@@ -143,6 +150,8 @@ def alibi_slopes(num_heads: int, kind: str = "geometric") -> Array:
 
     Use it to see what `harmonic_alibi_bias` multiplies by, or to start slopes that are learnt.
     With 16 heads the geometric ones fall from 0.71 to 1/256, the harmonic ones from 1 to 1/16.
+
+    Cost: H numbers, made once on the host.
 
     Example:
       >>> print(alibi_slopes(4))
@@ -203,8 +212,10 @@ def harmonic_alibi_bias(
       ValueError: a size below 1, slopes or positions of another shape, or an unknown name.
       TypeError: `query_positions` are not integers, or `slopes` not floating point.
 
-    Give it as `bias` to any attention, or as `position_bias` to `jaxref.nn.MultiHeadAttention`;
+    Use it as `bias` of any attention, or as `position_bias` of `jaxref.nn.MultiHeadAttention`;
     `rope_alibi_attention` has it together with the rotation.
+
+    Cost: num_heads · q_len · k_len numbers, which every attention that takes them reads.
 
     Example:
       >>> print(harmonic_alibi_bias(1, 3, 3)[0].round(2))
@@ -290,6 +301,9 @@ def rope_alibi_attention(
 
     Use it for sequences longer than those trained on, where rotated features alone meet angles that
     they have never seen and the bias keeps attention near.
+
+    Cost: that of `dot_product_attention`, with a bias of heads · q_len · k_len numbers and a
+    rotation of query and key.
 
     Example:
       >>> x = jnp.ones((1, 3, 1, 2))

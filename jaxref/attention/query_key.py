@@ -31,6 +31,9 @@ def query_key_reparameterization(w_query: ArrayLike, w_key: ArrayLike) -> Array:
     Use it with `query_key_reparameterized_attention` in training with few bits: the two factors,
     each quantized, make each other's values jump; their product, quantized once, does not.
 
+    Cost: features² · head_dim multiplications a head, and features² numbers a head in place of 2
+    features · head_dim.
+
     Example:
       >>> w_query, w_key = jnp.full((1, 1, 2), 2.0), jnp.full((1, 1, 2), 3.0)
       >>> float(query_key_reparameterization(w_query, w_key)[0, 0, 0])
@@ -94,8 +97,11 @@ def query_key_reparameterized_attention(
       ValueError: shapes that do not match, or a `head_dim` below 1.
       TypeError: an array that is not floating point, or a `mask` that is not boolean.
 
-    Use it where W is quantized in training. It takes features / head_dim times the work of plain
-    attention for the scores: fold W back into two matrices where precision is not the matter.
+    Use it where W is quantized in training; fold W back into two matrices, for
+    `dot_product_attention`, where precision is not the matter.
+
+    Cost: features / head_dim times the work of `dot_product_attention` for the scores, and all
+    q_len · k_len weights a head in memory.
 
     Example:
       >>> x = jnp.array([[[0.0], [1.0], [2.0]]])

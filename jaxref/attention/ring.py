@@ -92,11 +92,13 @@ def ring_attention(
 
     Logits, softmax, and the sums over blocks are in at least float32; a block's own result and
     gradients have the inputs' type. Gradients reach query, key, value and scale, in reverse mode
-    and once. Every shard sends S - 1 times its keys and values; in the backward pass that again,
-    and S times their gradients in float32.
+    and once.
 
     Use it where one device cannot hold the sequence, or should not wait for all of it; while it
     can, `dot_product_attention` on batch and heads in shards exchanges nothing.
+
+    Cost: 1/S of the time; a shard sends its keys and values S - 1 times, in the backward pass
+    again, and S times their gradients in float32.
 
     Example:
       >>> x = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
@@ -183,6 +185,8 @@ def zigzag_positions(length: int, axis_size: int) -> np.ndarray:
     Use it once on tokens, targets and masks, on their way to the devices: all else of a model acts
     on every position alike. Without causality there is nothing to balance.
 
+    Cost: O(length) on the host, once.
+
     Example:
       >>> zigzag_positions(8, 2).tolist()
       [0, 1, 6, 7, 2, 3, 4, 5]
@@ -203,7 +207,7 @@ def into_zigzag(x: ArrayLike, axis_name: AxisName) -> Array:
     """A shard's rows in the zigzag layout of `ring_attention`, from rows in contiguous order.
 
     Of 2S equal chunks, shard i of S brings chunks 2i and 2i + 1 and has chunks i and 2S - 1 - i
-    afterwards. Every shard sends half of its rows once, and the other half once.
+    afterwards.
 
     Args:
       x: `[batch, length / S, ...]`, an even number of rows in every shard.
@@ -215,9 +219,11 @@ def into_zigzag(x: ArrayLike, axis_name: AxisName) -> Array:
     Raises:
       ValueError: an odd number of rows.
 
-    Use it around `ring_attention` where all else of a model has its sequences in order: it costs
-    about as much as a step of the ring for what saves half of all steps' work. With
+    Use it around `ring_attention` where all else of a model has its sequences in order. With
     `zigzag_positions`, tokens that are put in this order beforehand need not be exchanged.
+
+    Cost: a shard sends each half of its rows once, about a step of the ring, for what saves half of
+    all steps' work.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("sequence",), (jax.sharding.AxisType.Auto,))
@@ -251,6 +257,8 @@ def out_of_zigzag(x: ArrayLike, axis_name: AxisName) -> Array:
       ValueError: an odd number of rows.
 
     Use it on what `ring_attention` gives for arguments of `into_zigzag`.
+
+    Cost: that of `into_zigzag`: a shard sends each half of its rows once.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("sequence",), (jax.sharding.AxisType.Auto,))

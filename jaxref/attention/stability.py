@@ -40,6 +40,8 @@ def normalize_query_key(
     Use it where something comes between norm and attention, such as a rotary embedding;
     `query_key_norm_attention` has both in one.
 
+    Cost: a `jaxref.norms.layer_norm` of queries and one of keys, over head_dim.
+
     Example:
       >>> query, key = normalize_query_key(jnp.array([300.0, -100.0]), jnp.array([2.0, 1.0]))
       >>> print(query, key.round(3))
@@ -106,6 +108,9 @@ def query_key_norm_attention(
 
     Use it to train at high learning rates, or large models, where `dot_product_attention` has
     logits of thousands (see `jaxref.analysis.max_attention_logit`).
+
+    Cost: that of `dot_product_attention`, and a layer norm of queries and of keys; 2 head_dim
+    parameters, if it has gains.
 
     Example:
       >>> x = jnp.array([0.0, 1.0, 1.0, 0.0]).reshape(1, 2, 1, 2)

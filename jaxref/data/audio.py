@@ -44,6 +44,8 @@ def spec_augment_mask(
     Use it as `jnp.where(mask, spectrogram, fill)`, all channels of a recording under one mask, with
     the mean for `fill`; labels of events stay.
 
+    Cost: masks · (time + frequency) comparisons and a boolean an entry, for each spectrogram.
+
     Example:
       >>> mask = spec_augment_mask(jax.random.key(0), (6, 8), time_width=2, frequency_width=3)
       >>> print(mask.any(axis=1).sum() >= 2, mask.any(axis=0).sum() >= 2)
@@ -101,6 +103,8 @@ def channel_swap(
 
     Use it on the training data of a direction-blind detector, whose labels stay; where directions
     are labels they would have to turn too.
+
+    Cost: four random bits and one copy of the recording.
 
     Example:
       >>> wave = jnp.array([1.0, 0.0, 0.0, 1.0])  # from the front

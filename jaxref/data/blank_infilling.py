@@ -113,6 +113,9 @@ def blank_infilling_example(
     architecture "prefix" takes it as `prefix_lengths`. `mixed_objective_example` is for models
     that see only what was before.
 
+    Cost: a few sorts of `length` numbers and scattered writes of `output_length`, under jit; no
+    host.
+
     Example:
       >>> make = lambda key: blank_infilling_example(
       ...     key, jnp.arange(6), mask_id=256, gmask_id=257, start_id=258, end_id=259,

@@ -34,6 +34,8 @@ def forget_rate_schedule(forget_rate: float, warmup_epochs: int = 5) -> Callable
     Use it for the `forget_rate` of `co_teaching_losses`: models fit the true labels before they
     memorise the wrong ones.
 
+    Cost: a few scalars an epoch.
+
     Example:
       >>> schedule = forget_rate_schedule(0.2, 5)
       >>> [round(float(schedule(epoch)), 2) for epoch in range(6)]
@@ -80,6 +82,8 @@ def co_teaching_select(
 
     Use it on the losses of one model to choose examples for another; a model that chooses its own
     repeats its own mistakes.
+
+    Cost: a sort of the batch's losses; with `axis_name` every shard gathers and sorts all of them.
 
     Example:
       >>> co_teaching_select(jnp.array([0.3, 5.0, 0.1, 0.2]), 0.25).tolist()
@@ -139,6 +143,9 @@ def co_teaching_losses(
     Use it to go on with two models that were trained on noisy labels with
     `jaxref.nn.nested_dropout`, one width for both in a step, and average their logits in the end.
     R = 0 trains both on everything.
+
+    Cost: two models to train, with a forward and a backward pass each, one more forward pass each
+    for losses in evaluation, and two sorts of the batch.
 
     Example:
       >>> a, b = jnp.array([0.1, 2.0, 0.2, 0.3]), jnp.array([0.2, 0.1, 3.0, 0.4])

@@ -42,7 +42,7 @@ def hard_negative_tuple_indices(
 
     Returns:
       int32 `[tuples, tuple_size]` examples: the anchor, its positive, the negatives; -1 where there
-      is none left to draw. Memory is tuples times n.
+      is none left to draw.
 
     Raises:
       ValueError: shapes that do not match, or a number out of its range.
@@ -50,6 +50,8 @@ def hard_negative_tuple_indices(
 
     Use it for the tuples of `jaxref.losses.attentive_local_triplet_loss`, once an epoch, with the
     predictions of the epoch before.
+
+    Cost: O(tuples · tuple_size · n) time and O(tuples · n) memory, and the predictions of an epoch.
 
     Example:
       >>> labels, predictions = jnp.array([0, 0, 1, 1, 2]), jnp.array([0, 0, 0, 1, 2])

@@ -78,6 +78,9 @@ def linear_regression_prompts(
     Use it to train and to measure in-context learners, such as `jaxref.attention`'s
     `linear_self_attention`; the mean square error to `y_query` is at least σ².
 
+    Cost: batch · (n + 1) · d normal numbers; with Σ a Cholesky factor, O(d³), and batch · (n + 1) ·
+    d² multiplications.
+
     Example:
       >>> prompts = linear_regression_prompts(jax.random.key(0), 2, 5, 3)
       >>> prompts.x.shape, prompts.y.shape, prompts.tokens.shape

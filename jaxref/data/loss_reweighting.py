@@ -60,6 +60,9 @@ def loss_based_weights(
     Use it where much of a corpus is redundant and soon learned; where labels are wrong, examples of
     high loss are to be left out instead, as `co_teaching_select` does.
 
+    Cost: a few passes over the batch's losses, of which shards exchange four numbers; all examples
+    take forward and backward passes, whatever their weight.
+
     Example:
       >>> weights = loss_based_weights(jnp.array([1.0, 2.0, 3.0, 4.0]))
       >>> [round(float(weight), 3) for weight in weights]
@@ -119,6 +122,9 @@ def reweighted_mean(
     Use it in the place of the batch's mean. Where devices average gradients that each took of its
     own examples, each takes that of its own part of the sum times their number.
 
+    Cost: that of `loss_based_weights` and a sum; no evaluation of the model beyond that of the
+    mean.
+
     Example:
       >>> round(float(reweighted_mean(jnp.array([1.0, 2.0, 3.0, 4.0]))), 3)
       3.159
@@ -165,6 +171,8 @@ def temperature_schedule(
       ValueError: a number out of its range.
 
     Use it for the `temperature` of `loss_based_weights`.
+
+    Cost: a few scalars a step.
 
     Example:
       >>> schedule = temperature_schedule(100.0, 0.5, 2, 4)

@@ -40,8 +40,10 @@ def boundary_mask(
       TypeError: `points` are not floating point, or `occupancy` is.
 
     Use it once on the points of a shape, to train a second stage on those that it keeps, with
-    `jaxref.losses.margin_binary_cross_entropy`. It compares all pairs of points, a block of them at
-    a time; `jax.vmap` takes several shapes.
+    `jaxref.losses.margin_binary_cross_entropy`. `jax.vmap` takes several shapes.
+
+    Cost: O(points² · dim) time, for all pairs; distances of 256 points to all others in memory at a
+    time.
 
     Example:
       >>> points = jnp.array([[0.0], [0.05], [0.1], [0.5]])

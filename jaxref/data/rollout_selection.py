@@ -60,6 +60,9 @@ def group_relative_advantage(
     Use it for `jaxref.losses.clipped_policy_loss`, instead of a learned value of the prompt.
     `jaxref.losses.token_level_group_advantage` counts tokens rather than rollouts.
 
+    Cost: O(rollouts), sums by group; with `axis_name` a few numbers a group are exchanged. No model
+    of values.
+
     Example:
       >>> rewards, prompts = jnp.array([1.0, 0, 0, 0, 1, 1]), jnp.array([0, 0, 0, 0, 1, 1])
       >>> print(group_relative_advantage(rewards, prompts, num_groups=2).round(2))
@@ -114,7 +117,7 @@ def max_variance_subset(
 
     It is the i smallest values and the N - i largest, for some i: the variance is convex in each
     value, so that one between two others can be exchanged for one of them. All i are compared by
-    sums over the sorted values, in O(n log n).
+    sums over the sorted values.
 
     Args:
       values: v `[n]` floating point.
@@ -132,6 +135,8 @@ def max_variance_subset(
       TypeError: values that are not floating point, or a size that is not an integer.
 
     Use it on advantages of one prompt or of a batch, as `select_rollouts` does.
+
+    Cost: two sorts, O(n log n); with `axis_name` every shard gathers and sorts all values.
 
     Example:
       >>> print(max_variance_subset(jnp.array([0.1, 2.0, 0.0, -1.0]), 2).astype(int))
@@ -206,6 +211,9 @@ def select_rollouts(
     by `jnp.flatnonzero(selected, size=N)`; `jaxref.losses.d3s_policy_loss` chooses among what has
     been evaluated already.
 
+    Cost: a `max_variance_subset`, O(n log n); in mode "group" one for each prompt, each over all n
+    rollouts at once.
+
     Example:
       >>> advantages, prompts = jnp.array([1.0, -1.0, 0.0, 0.0]), jnp.array([0, 0, 1, 1])
       >>> print(select_rollouts(advantages, 2).astype(int))
@@ -267,6 +275,8 @@ def select_tokens(
 
     Use it as the `where` of any loss of tokens, after `select_rollouts`.
 
+    Cost: a sort of all tokens' scores; with `axis_name` every shard gathers and sorts all of them.
+
     Example:
       >>> entropy = jnp.array([[0.1, 0.5], [0.3, 0.2]])
       >>> print(select_tokens(jnp.array([1.0, -2.0]), entropy, fraction=0.5).astype(int))
@@ -313,6 +323,8 @@ def down_sampling_schedule(
 
     Use it with `jaxref.losses.d3s_policy_loss`: strict choices learn fast from few signals, which
     loose ones later keep from being learned by heart.
+
+    Cost: a few scalars a step.
 
     Example:
       >>> rollouts, share = down_sampling_schedule(0.5, initial=(16, 0.2), final=(64, 1.0))

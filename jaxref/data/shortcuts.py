@@ -37,6 +37,8 @@ def two_moons_shortcut(
     is shuffled, or a look at the boundary, tells. `jaxref.losses.spectral_decoupling_loss` is meant
     to.
 
+    Cost: O(num_samples).
+
     Example:
       >>> x, y = two_moons_shortcut(100, key=jax.random.key(0))
       >>> print(jnp.mean((x[:, 0] < 0) == y))

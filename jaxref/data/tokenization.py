@@ -27,8 +27,8 @@ def maximum_likelihood_segmentation(
 
         argmax Σ_i log p(t_i)   over all t_1 t_2 ... t_k = word
 
-    by dynamic programming (Viterbi) in `len(word)` times the length of the longest token. Of
-    equally probable ones, it takes the one whose last token is longest.
+    by dynamic programming (Viterbi). Of equally probable ones, it takes the one whose last token is
+    longest.
 
     Args:
       word: the word; the empty one has no tokens.
@@ -41,6 +41,8 @@ def maximum_likelihood_segmentation(
       ValueError: the word cannot be written in these tokens, or there is an empty token.
 
     Use it with the vocabulary of `build_subword_vocabulary`, or of another unigram model.
+
+    Cost: `len(word)` times the length of the longest token look-ups, in Python.
 
     Example:
       >>> log_p = {"a": -2.0, "b": -2.0, "ab": -3.0, "ba": -3.5}
@@ -97,7 +99,11 @@ def build_subword_vocabulary(
     Raises:
       ValueError: no word, a negative count, or a size below the number of characters.
 
-    Use it on a table of words of moderate size: each new token costs a pass over the words.
+    Use it on a table of words of moderate size, once; `maximum_likelihood_segmentation` then writes
+    any text of these characters.
+
+    Cost: for each new token a pass over all words with up to `max_length` runs at each of their
+    tokens, and their segmentations anew, in Python.
 
     Example:
       >>> vocabulary = build_subword_vocabulary({"low": 5, "lower": 2, "newer": 6}, 8)

@@ -76,6 +76,8 @@ def retention_profit(
     Use it on what came of past customers, for the losses of this file to learn from, or on
     calibrated probabilities of churn, whose positive profits are whom to contact.
 
+    Cost: elementwise.
+
     Example:
       >>> values = jnp.array([200.0, 200.0, 20.0])
       >>> costs = {"offer_cost": 10.0, "contact_cost": 1.0, "acceptance": 0.3}
@@ -127,6 +129,9 @@ def optimal_targeting(
     Use it on the true profits for the best that could be done, and on predictions or scores for the
     decision itself.
 
+    Cost: one pass, with a budget a sort of the set; with `axis_name` every shard then gathers and
+    sorts all profits.
+
     Example:
       >>> print(optimal_targeting(jnp.array([3.0, -1.0, 5.0, 4.0]), budget=2))
       [False False  True  True]
@@ -162,6 +167,8 @@ def targeting_regret(
       TypeError: scores or profits that are not floating point.
 
     Use it to measure decisions; `profit_regret_surrogate` and `spo_plus_loss` are for learning.
+
+    Cost: one pass over the scores.
 
     Example:
       >>> print(targeting_regret(jnp.array([1.0, 1.0, -1.0]), jnp.array([56.0, -11.0, 2.0])))
@@ -213,6 +220,8 @@ def profit_regret_surrogate(
 
     Use it to learn whom to contact where lifetime values differ and a probability of churn says too
     little; `spo_plus_loss` learns profits, which a budget can be spent by.
+
+    Cost: one pass over the scores.
 
     Example:
       >>> losses = profit_regret_surrogate(jnp.array([1.0, 1.0]), jnp.array([56.0, -11.0]))
@@ -268,6 +277,8 @@ def spo_plus_loss(
 
     Use it where the predictions have to rank customers for a budget, or be profits;
     `profit_regret_surrogate` learns a bare decision.
+
+    Cost: one pass over the predictions, with a budget two sorts of the set.
 
     Example:
       >>> print(spo_plus_loss(jnp.array([10.0, 3.0]), jnp.array([56.0, -11.0])))
@@ -339,6 +350,9 @@ def expected_maximum_profit(
 
     Use it to choose between models before values of single customers are known; with them,
     `targeting_regret`. `jaxref.metrics.roc_auc` weighs all thresholds, of which most lose money.
+
+    Cost: a sort, and a scan of n steps in sequence for the hull, O(n log n); two incomplete Beta
+    functions for each of n edges.
 
     Example:
       >>> scores, churned = jnp.array([0.9, 0.8, 0.3, 0.1]), jnp.array([1, 0, 1, 0])

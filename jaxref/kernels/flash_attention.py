@@ -104,6 +104,9 @@ def flash_attention(
     over batch and heads. Use it for long sequences, in training above all; for short ones on CPU
     `jaxref.attention.dot_product_attention` is as good, and takes any mask.
 
+    Cost: q_len · k_len · (head_dim + value_dim) multiplications a head, 2.5 times that backward
+    (3.5 in kernels), half if causal; kept beside the arrays is a number a query.
+
     Example:
       >>> x = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
       >>> output, logsumexp = flash_attention(x, x, x, is_causal=True, return_logsumexp=True)

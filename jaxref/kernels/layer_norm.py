@@ -57,8 +57,11 @@ def layer_norm(
         `[H]`, a negative `epsilon`, or an `implementation` that cannot run.
       TypeError: `x`, `scale` or `bias` not floating point, or a traced `epsilon`.
 
-    Of `x` it keeps for the backward pass `x` itself and two numbers per row. It supports
+    Use it in training where the norm's traffic counts, in a kernel above all. It supports
     `jax.grad`, not `jax.jvp`; `jaxref.norms.layer_norm` supports both, has any axes and masks.
+
+    Cost: in a kernel a read of `x` and a write, backward a read of `x` and g and a write; kept are
+    `x` and two numbers a row.
 
     Example:
       >>> y = layer_norm(jnp.array([1.0, 2.0, 3.0]), implementation="pallas_interpret")
@@ -105,8 +108,11 @@ def rms_norm(
         negative `epsilon`, or an `implementation` that cannot run.
       TypeError: `x` or `scale` not floating point, or a traced `epsilon`.
 
-    Of `x` it keeps for the backward pass `x` itself and a number per row. It supports `jax.grad`,
-    not `jax.jvp`; `jaxref.norms.rms_norm` supports both, has any axes and masks.
+    Use it in training where the norm's traffic counts, in a kernel above all. It supports
+    `jax.grad`, not `jax.jvp`; `jaxref.norms.rms_norm` supports both, has any axes and masks.
+
+    Cost: in a kernel a read of `x` and a write, backward a read of `x` and g and a write; kept are
+    `x` and a number a row.
 
     Example:
       >>> print(rms_norm(jnp.array([2.0, -2.0]), implementation="pallas_interpret").round(3))

@@ -121,6 +121,9 @@ def linear_softmax_cross_entropy(
     Use it in place of `optax.losses.softmax_cross_entropy_with_integer_labels` wherever the logits
     serve the loss alone; those who also sample from them or smooth the labels need the logits.
 
+    Cost: 3 products of tokens · features · vocabulary a step by tokens, as of the plain head, 4 by
+    vocabulary (5 in TPU kernels); a block of logits in memory.
+
     Example:
       >>> hidden, kernel = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
       >>> print(linear_softmax_cross_entropy(hidden, kernel, jnp.array([0])).round(4))

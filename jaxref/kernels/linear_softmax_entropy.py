@@ -41,8 +41,11 @@ def linear_softmax_entropy(
     Raises:
       ValueError, TypeError: as `linear_softmax_cross_entropy`.
 
-    Use it to watch or to weigh by how sure a language model is, token by token; it costs as much as
-    a loss and the gradient of `hidden`. Rounding is of the size of the logits, whatever H.
+    Use it to watch or to weigh by how sure a language model is, token by token. Rounding is of the
+    size of the logits, whatever H.
+
+    Cost: that of `linear_softmax_cross_entropy` with its gradients, of which that of the kernel is
+    dropped; a block of logits in memory.
 
     Example:
       >>> hidden, kernel = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.eye(2)

@@ -78,9 +78,13 @@ def quantized_matmul(
         `implementation` that cannot run here.
       TypeError: arrays of other types than these.
 
-    Fewer bytes are what it is for: a single token's product takes as long as the kernel takes to
-    read. `jaxref.quantization.quantized_linear` calls it with a `QTensor`; int8 · int8 and
-    float8 · float8 multiply faster than floats too where the chip has units for them.
+    Use it where the kernel is read more than computed with: a single token's product takes as long
+    as the kernel takes to read. `jaxref.quantization.quantized_linear` calls it with a `QTensor`;
+    int8 · int8 and float8 · float8 multiply faster than floats too where the chip has units for
+    them.
+
+    Cost: in · out multiplications a token, and the stored bytes of the kernel; kernels dequantize a
+    tile at a time, XLA on a CPU 256 inputs or as many as tokens.
 
     Example:
       >>> x = jnp.array([[1.0, 2.0]])

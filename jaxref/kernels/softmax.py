@@ -51,6 +51,9 @@ def softmax(
     It is `jax.nn.softmax` but for rows without any entry. `two_pass_softmax` needs no maximum.
     Under a Pallas implementation it supports `jax.grad`, not `jax.jvp`.
 
+    Cost: in a kernel one read of `x`, two where a row does not fit in the core's memory, and a
+    write; y is kept for the gradient.
+
     Example:
       >>> print(softmax(jnp.array([0.0, 1.0, 2.0]), where=jnp.array([True, True, False])).round(3))
       [0.269 0.731 0.   ]
@@ -88,6 +91,9 @@ def log_softmax(
       TypeError: `x` not floating point.
 
     For a loss of one label per row, `softmax_cross_entropy` writes no array of this size.
+
+    Cost: in a kernel one read of `x`, two where a row does not fit in the core's memory, and a
+    write; y is kept for the gradient.
 
     Example:
       >>> print(log_softmax(jnp.array([0.0, 1e4])))
@@ -128,6 +134,9 @@ def logsumexp(
       TypeError: `x` not floating point.
 
     It is `jax.scipy.special.logsumexp` over one axis, in one pass.
+
+    Cost: in a kernel one read of `x` and a number a row written; `x` is kept, and read once more
+    for the gradient.
 
     Example:
       >>> print(logsumexp(jnp.array([[1e4, 1e4], [0.0, 0.0]])).round(2))

@@ -46,6 +46,11 @@ def extended_exponential(x: ArrayLike) -> tuple[Array, Array]:
     Raises:
       TypeError: `x` not floating point.
 
+    Use it, with `extended_add`, to sum exponentials that leave the range of floats without a look
+    at their maximum first; `two_pass_logsumexp` gives the logarithm of such a sum.
+
+    Cost: elementwise, about the work of an exponential; two numbers for each entry.
+
     Example:
       >>> m, n = extended_exponential(jnp.array([0.0, 1000.0, -jnp.inf]))
       >>> print(m.round(2), n)
@@ -72,6 +77,11 @@ def extended_add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array,
     Returns:
       Mantissas and exponents of the sums; the mantissa of N exponentials is at most 1.42 N.
 
+    Use it to join sums of `extended_exponential`s from parts of a row, in any order. `logsumexp`
+    joins its parts by their maxima, with an exponential for each.
+
+    Cost: elementwise, without an exponential.
+
     Example:
       >>> one, huge = extended_exponential(0.0), extended_exponential(1000.0)
       >>> extended_add(one, huge)[1] == huge[1]
@@ -95,8 +105,7 @@ def two_pass_softmax(
         exp(x_i) = m_i 2^{n_i},   Σ_i m_i 2^{n_i} = M 2^N,   y_i = m_i (1 / M) 2^{n_i - N}
 
     The first pass reads x for the sum of the extended exponentials, the second reads it again and
-    writes y: 3 numbers moved for each that a row has, where the three passes of maximum, sum and
-    scaling move 4, or 5 if they store the exponentials.
+    writes y.
 
     Args:
       x: floating point, of any shape with at least one axis.
@@ -118,6 +127,9 @@ def two_pass_softmax(
 
     The paper's algorithm, for where the maximum is what costs; `softmax`, which reads a row as few
     times, is the one to use otherwise.
+
+    Cost: in a kernel 3 numbers moved for each of a row, where the passes of maximum, sum and
+    scaling move 4, or 5 with stored exponentials; two exponentials an entry.
 
     Example:
       >>> print(two_pass_softmax(jnp.array([1000.0, 1001.0])).round(2))
@@ -145,6 +157,9 @@ def two_pass_logsumexp(x: ArrayLike, axis: int = -1) -> Array:
       TypeError: `x` not floating point.
 
     `logsumexp` has more: a mask, a kernel, and rows beyond the range of `extended_exponential`.
+
+    Cost: an exponential for each entry, and another for the gradient, which keeps `x`; always by
+    XLA.
 
     Example:
       >>> print(two_pass_logsumexp(jnp.array([1000.0, 1000.0])).round(3))
@@ -180,6 +195,9 @@ def three_pass_softmax(x: ArrayLike, *, axis: int = -1, recompute: bool = True) 
       TypeError: `x` not floating point.
 
     What `two_pass_softmax` is measured against; `softmax` is the one to use.
+
+    Cost: three reads of `x` and a write, and two exponentials an entry; one without `recompute`,
+    for one more number moved.
 
     Example:
       >>> print(three_pass_softmax(jnp.array([0.0, 1.0]), recompute=False).round(2))

@@ -58,6 +58,8 @@ def one_versus_rest_loss(
     Use it where margins have to be wide, at some cost in fit; `switching_one_versus_rest_loss`
     takes it for the hard examples alone.
 
+    Cost: one pass over the logits, with one exponential and one logarithm for each.
+
     Example:
       >>> losses = one_versus_rest_loss(jnp.array([[2.0, 0.0, -1.0]]), jnp.array([0]))
       >>> print(losses.round(3))
@@ -107,6 +109,8 @@ def logit_margin(
 
     Use it to see how far examples are from being flipped, under attack above all. Its negative is
     the loss that attacks of Carlini and Wagner's kind raise with `projected_gradient_attack`.
+
+    Cost: one pass over the logits.
 
     Example:
       >>> print(logit_margin(jnp.array([[2.0, 0.5, -1.0], [2.0, 0.5, -1.0]]), jnp.array([0, 1])))
@@ -166,6 +170,9 @@ def switching_one_versus_rest_loss(
 
     Use it in adversarial training, where few examples decide how robust the model is;
     `switching_ovr_trades_loss` also keeps the accuracy on clean inputs.
+
+    Cost: a softmax and a second pass over the logits for both losses of all n examples, and one
+    sort of the n margins, of all shards with `axis_name`.
 
     Example:
       >>> logits, labels = jnp.array([[2.0, 0.0], [0.2, 0.0], [0.0, 3.0]]), jnp.array([0, 0, 1])
@@ -232,6 +239,9 @@ def switching_ovr_trades_loss(
     Use it to trade accuracy on clean inputs for robustness by β; `switching_one_versus_rest_loss`
     trains on adversarial examples alone.
 
+    Cost: the forward passes for z and z', beside the attack's; here two softmaxes, one pass for the
+    margins and one sort of them.
+
     Example:
       >>> clean, attacked = jnp.array([[2.0, 0.0]]), jnp.array([[1.0, 0.5]])
       >>> loss = switching_ovr_trades_loss(clean, attacked, jnp.array([0]), fraction=0.0)
@@ -297,8 +307,11 @@ def mart_loss(
       ValueError: `beta` out of range, fewer than two classes, or shapes that do not match.
       TypeError: logits that are not floating point, or labels of a type that is neither.
 
-    Where examples that the model misses count for more in robustness, this weights their
+    Use it where examples that the model misses count for more in robustness: it weights their
     consistency; `switching_ovr_trades_loss` widens the margins of the hardest instead.
+
+    Cost: the forward passes for both logits, beside the attack's; here two softmaxes over the
+    classes.
 
     Example:
       >>> clean, attacked = jnp.array([[2.0, 0.0]]), jnp.array([[1.0, 0.5]])
@@ -373,6 +386,9 @@ def smooth_adversarial_comp_sum_loss(
     Use it for robustness with a guarantee for the adversarial zero-one loss and good accuracy on
     clean inputs; `switching_ovr_trades_loss` keeps predictions together in place of margins.
 
+    Cost: the forward passes for both logits, beside the attack's; here a softmax and O(n) more for
+    each example with n classes.
+
     Example:
       >>> clean, attacked = jnp.array([[2.0, 0.0]]), jnp.array([[1.0, 0.5]])
       >>> print(smooth_adversarial_comp_sum_loss(clean, attacked, jnp.array([0])).round(3))
@@ -443,6 +459,9 @@ def projected_gradient_attack(
 
     Use it to make the second argument of the losses of this file, with dropout and updates of
     running statistics off in `loss_fn`. For evaluation take more steps and restarts.
+
+    Cost: `num_steps` forward and backward passes of `loss_fn`, one after another; memory of one of
+    them, whatever their number.
 
     Example:
       >>> loss_fn = lambda x: x @ jnp.array([1.0, -1.0])

@@ -64,6 +64,8 @@ def kl_robust_weights(
     Use them to see which examples a model is weakest on. The gradient of the losses' mean under
     these weights is that of `kl_distributionally_robust_loss`.
 
+    Cost: that of a softmax over the N losses; between shards a maximum and three sums of scalars.
+
     Example:
       >>> print(kl_robust_weights(jnp.array([0.0, 1.0, 1.0]), r=1.0).round(3))
       [0.155 0.422 0.422]
@@ -107,6 +109,8 @@ def kl_distributionally_robust_loss(
     Use it in place of the mean where the weakest examples count. On a batch its expectation is
     less than that of all data, for which `compositional_weights` makes up.
 
+    Cost: that of a log-sum-exp over the N losses.
+
     Example:
       >>> print(kl_distributionally_robust_loss(jnp.array([0.0, 1.0, 1.0]), r=1.0).round(4))
       0.7634
@@ -124,6 +128,10 @@ def compositional_state_init() -> CompositionalState:
 
     Returns:
       A `CompositionalState` that takes the mean of the first batch as it is.
+
+    Use it once, before training; with `doubly_robust_value_and_grad` it is the first `state`, too.
+
+    Cost: two scalars.
 
     Example:
       >>> print(compositional_state_init().step)
@@ -173,6 +181,8 @@ def compositional_weights(
     Use it where batches are too small for their own mean; it is kept in logarithms, so that no loss
     overflows.
 
+    Cost: that of a softmax over the B losses; a state of two scalars, whatever the data's size.
+
     Example:
       >>> weights, state = compositional_weights(jnp.zeros(2), compositional_state_init(), r=1.0)
       >>> weights, state = compositional_weights(jnp.array([0.0, 1.0]), state, r=1.0, eta=0.5)
@@ -217,8 +227,10 @@ def box_log_barrier(
       ValueError: a `strength` that is not positive, or bounds that do not broadcast.
       TypeError: a perturbation that is not floating point.
 
-    Add its sum to the objective of an attack to make the minimiser differentiable;
-    `barrier_attack` does.
+    Use it in the objective of an attack of one's own, by its sum, to make the minimiser
+    differentiable; `barrier_attack` has it in its own.
+
+    Cost: one pass over the perturbation, with two logarithms for each entry.
 
     Example:
       >>> delta = jnp.array([0.0, 0.5, 2.0])
@@ -280,6 +292,9 @@ def barrier_attack(
 
     Use it inside of training, as `doubly_robust_value_and_grad` does; to test robustness,
     `projected_gradient_attack` is stronger at the same number of steps.
+
+    Cost: `num_steps` forward and backward passes of `loss_fn`, one after another; Adam keeps two
+    arrays of the inputs' size meanwhile, "gd" none.
 
     Example:
       >>> loss_fn = lambda x: x @ jnp.array([1.0, -1.0])
@@ -360,9 +375,13 @@ def doubly_robust_value_and_grad(
         each input.
       TypeError: inputs that are not floating point.
 
-    It stands where `jax.value_and_grad` would; any optimizer takes its gradients. The second term
-    is that of a solved attack: with few steps it is an approximation. Each call costs `num_steps`
-    gradients and about four more. A batch that is sharded under `jit` needs nothing else.
+    Use it where `jax.value_and_grad` would stand, to train against attacks with most weight on the
+    weakest examples; any optimizer takes its gradients. With few steps the second term, that of a
+    solved attack, is an approximation; `implicit=False` leaves it out. A batch that is sharded
+    under `jit` needs nothing else.
+
+    Cost: `num_steps` gradients for the attack and about four more, one of them of second order;
+    about two for each step of `hessian_steps`, and a state of two scalars.
 
     Example:
       >>> loss_fn = lambda w, x: jax.nn.softplus(-x @ w)

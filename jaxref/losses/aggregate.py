@@ -59,6 +59,9 @@ def bag_level_loss(
     Use it where samples are many and noise is weak: it is unbiased, but learns from m numbers
     alone. `instance_level_loss` has less variance; `interpolated_aggregate_loss` goes between.
 
+    Cost: one sum of the n predictions by bag, and ℓ m times; with `axis_name` a reduction of m
+    means over the shards.
+
     Example:
       >>> predictions, bags = jnp.array([1.0, 3.0, 0.0]), jnp.array([0, 0, 1])
       >>> print(bag_level_loss(predictions, jnp.array([1.0, 2.0]), bags))
@@ -109,6 +112,9 @@ def instance_level_loss(
 
     Use it where noise is strong against the signal, or bags hold like with like; otherwise its bias
     costs more than `bag_level_loss` does by its variance.
+
+    Cost: ℓ for all n samples, and one sum of its values by bag; with `axis_name` a reduction of m
+    means over the shards.
 
     Example:
       >>> predictions, bags = jnp.array([1.0, 3.0, 0.0]), jnp.array([0, 0, 1])
@@ -161,6 +167,8 @@ def interpolated_aggregate_loss(
     Use it with ρ tuned on held-out bags: between the bias of one and the variance of the other.
     `aggregate_ridge_regression` is its minimum for linear models.
 
+    Cost: that of both losses: ℓ for n samples and m bags, and two sums by bag.
+
     Example:
       >>> predictions, bags = jnp.array([1.0, 3.0, 0.0]), jnp.array([0, 0, 1])
       >>> print(interpolated_aggregate_loss(predictions, jnp.array([1.0, 2.0]), bags, rho=0.25))
@@ -211,6 +219,8 @@ def aggregate_ridge_regression(
 
     Use it for linear models, and to choose ρ; `interpolated_aggregate_loss` trains any other.
 
+    Cost: a singular value decomposition of n + m rows, O((n + m) d²) where they are more than d.
+
     Example:
       >>> x, bags = jnp.array([[1.0], [3.0], [2.0]]), jnp.array([0, 0, 1])
       >>> print(aggregate_ridge_regression(x, jnp.array([4.0, 4.0]), bags, rho=0.0))
@@ -245,7 +255,7 @@ def bag_level_risk(
         |θ|² (1 - 1/(kψ)) + σ² / (kψ - 1)         for kψ > 1
 
     the risk of least squares on n / k samples: averaging k features and k noises by the same factor
-    costs nothing but the number of equations.
+    takes away nothing but the number of equations.
 
     Args:
       psi: ψ above 0, features per sample.
@@ -262,6 +272,8 @@ def bag_level_risk(
 
     Use it over a range of k to choose the size of bags: larger ones need less noise for the same
     privacy, and leave fewer equations. `aggregate_ridge_regression` with ρ = 0 has this risk.
+
+    Cost: a few operations for each entry.
 
     Example:
       >>> print(bag_level_risk(0.1, jnp.array([1, 4, 20]), 0.7, 1.0).round(3))
@@ -320,6 +332,8 @@ def private_bag_responses(
 
     Use it once on the data, and learn from its result by the losses of this file. Which samples
     share a bag, and how many, is not protected.
+
+    Cost: one sum of n responses by bag and m draws; the loss of privacy adds up over releases.
 
     Example:
       >>> y, bags = jnp.array([1.0, 2.0, 0.5, -1.0]), jnp.array([0, 0, 1, 1])

@@ -78,6 +78,8 @@ def sample_anchors(params: Any, prior_std: Any, *, members: int, key: Array) -> 
     Use it twice: with one key for the anchors, which stay as they are, and with another for what
     the members start from.
 
+    Cost: one draw for each parameter of each member, and memory for another copy of the ensemble.
+
     Example:
       >>> params = {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2)}
       >>> prior_std = {"kernel": 0.5, "bias": 1.0}
@@ -146,6 +148,9 @@ def anchored_ensemble_loss(
     Use it with `jax.vmap` of the network over members. Weight decay instead, towards 0, would bring
     the members together and leave no doubt where there are no data.
 
+    Cost: one pass over predictions, parameters and anchors of all members; forward and backward
+    passes are `members` times those of one network.
+
     Example:
       >>> params = anchors = {"w": jnp.array([[1.0], [2.0]])}  # two members
       >>> means = params["w"] * jnp.array([1.0, 2.0])
@@ -208,6 +213,9 @@ def ensemble_predictive_moments(
     Use the epistemic part to see where a model is out of its depth: far from its data, or where a
     sensor fails.
 
+    Cost: two passes over the means, one over the variances; predictions need a forward pass for
+    each member.
+
     Example:
       >>> moments = ensemble_predictive_moments(jnp.array([1.0, 3.0]), jnp.array([0.5, 1.5]))
       >>> print(*moments)
@@ -248,6 +256,8 @@ def mixture_negative_log_likelihood(
 
     Use it to report how well an ensemble knows what it does not know; train members one by one,
     with `anchored_ensemble_loss`.
+
+    Cost: that of a log-sum-exp over the M members for each target.
 
     Example:
       >>> loss = mixture_negative_log_likelihood(jnp.array([0.0, 4.0]), jnp.ones(2), 0.0)
@@ -298,6 +308,9 @@ def autoregressive_rollout(
 
     Use it for forecasts as far ahead as the controls are known. Along the means, doubt about
     earlier steps is left out; the spread of many draws, or of members (with `jax.vmap`), has it.
+
+    Cost: `horizon` calls of `step_fn`, one after another; for gradients the window of each step is
+    kept.
 
     Example:
       >>> halve = lambda history, control: (0.5 * history[-1] + control, 1.0)

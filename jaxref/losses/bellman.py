@@ -55,6 +55,8 @@ def mean_huber_bellman_error(
     Use it where the expectations are known, to judge; `saddlepoint_bellman_loss` minimizes it from
     samples.
 
+    Cost: one pass over the states.
+
     Example:
       >>> print(mean_huber_bellman_error(jnp.array([0.5, 3.0]), jnp.array([0.5, 0.5])))
       2.625
@@ -98,8 +100,10 @@ def mean_absolute_bellman_error(
       ValueError: shapes that do not match, or negative weights.
       TypeError: errors that are not floating point.
 
-    It weighs a state that cannot be fitted least of all; `mean_huber_bellman_error` is smooth where
-    errors are small.
+    Use it where states that cannot be fitted are to weigh least of all; `mean_huber_bellman_error`
+    is smooth where errors are small.
+
+    Cost: one pass over the states.
 
     Example:
       >>> print(mean_absolute_bellman_error(jnp.array([0.5, -3.0]), jnp.array([0.5, 0.5])))
@@ -170,6 +174,9 @@ def saddlepoint_bellman_loss(
     Use it off-policy, where temporal difference learning may diverge, and with "huber" where errors
     are large in a few states. u reads features without gradient (`jax.lax.stop_gradient`), and
     learns faster than v. `qrc_huber_loss` is the form for control.
+
+    Cost: one pass over the transitions; of the networks forward and backward passes at s and s',
+    and a second head.
 
     Example:
       >>> losses = saddlepoint_bellman_loss(
@@ -269,7 +276,11 @@ def qrc_huber_loss(
         `regularization`.
       TypeError: values or auxiliary not floating point, or actions not integer.
 
-    Use it in place of Q-learning with a clipped error and a target network.
+    Use it in place of Q-learning with a clipped error and a target network; to evaluate a given
+    policy take `saddlepoint_bellman_loss`.
+
+    Cost: one pass over the values of all actions and over w; of the networks forward and backward
+    passes at s and s', and a second head.
 
     Example:
       >>> q, next_q, u = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0]]), jnp.array([[3.0, 0.0]])

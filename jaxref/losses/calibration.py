@@ -52,6 +52,8 @@ def dual_focal_loss(
     Use it to train classifiers whose confidence is read; `focal_loss` ends up under-confident, and
     cross-entropy over-confident.
 
+    Cost: a softmax over the classes, and another pass for the next class below.
+
     Example:
       >>> losses = dual_focal_loss(jnp.array([[2.0, 1.0, -1.0]]), jnp.array([0]), gamma=2.0)
       >>> print(losses.round(4))
@@ -106,6 +108,8 @@ def sigmoid_dual_focal_loss(
 
     Use it for independent decisions whose probabilities are read; `sigmoid_focal_loss` weighs the
     classes too.
+
+    Cost: one pass over the logits.
 
     Example:
       >>> losses = sigmoid_dual_focal_loss(jnp.array([2.0, 2.0]), jnp.array([1, 0]), gamma=2.0)
@@ -174,6 +178,8 @@ def correctness_aware_loss(
 
     Use it to fit what `adaptive_temperature` needs; one temperature for all examples cannot tell
     right from wrong, and is fitted by `fit_temperature`.
+
+    Cost: that of a softmax over the classes; the balance counts two groups of the set.
 
     Example:
       >>> logits = jnp.log(jnp.array([[0.8, 0.2], [0.6, 0.4]]))
@@ -248,6 +254,9 @@ def mixup_loss(
     Use it in training where classes overlap or labels are noisy and confidence matters, with or
     without `fit_temperature` after. A batch that is spread over mapped axes mixes within shards.
 
+    Cost: one forward pass for the batch, as without mixing, with `mix_size` shuffled copies of the
+    inputs and as many calls of `loss_fn`.
+
     Example:
       >>> x, y = jnp.eye(3), jnp.arange(3)
       >>> losses = mixup_loss(lambda x: 2 * x, x, y, key=jax.random.key(0), mix_size=1)
@@ -304,6 +313,8 @@ def calibration_kl(
 
     Use it on synthetic data, where q is known; `jaxref.metrics.expected_calibration_error` needs
     labels alone.
+
+    Cost: that of a softmax over the classes.
 
     Example:
       >>> print(calibration_kl(jnp.zeros((1, 2)), jnp.array([[0.9, 0.1]])).round(3))

@@ -53,6 +53,9 @@ def sentence_embedding_regression_loss(
 
     Use it beside the cross-entropy of the tokens, as `captioning_multitask_loss` does.
 
+    Cost: one pass over the embeddings; the sentence encoder runs once for each reference, before
+    training.
+
     Example:
       >>> loss = sentence_embedding_regression_loss(jnp.array([3.0, 4.0]), jnp.array([2.0, 0.0]))
       >>> print(loss.round(3))
@@ -128,6 +131,9 @@ def captioning_multitask_loss(
     Use it where little data makes a captioner overfit and weight decay is low: the second term
     acts as a regularizer, of no effect beside a high one. `softmax_cross_entropy` is the first term
     alone.
+
+    Cost: that of a softmax over the vocabulary for each token, one pass over `hidden`, and one
+    `projection` for each sentence.
 
     Example:
       >>> logits, hidden = jnp.zeros((1, 2, 4)), jnp.array([[[1.0, 0.0], [0.0, 1.0]]])

@@ -47,6 +47,9 @@ def weighted_log_loss(
     Use it to report on, or to fine-tune for, data of imbalanced classes that matter alike;
     `jaxref.metrics.log_loss` counts every example the same.
 
+    Cost: one pass over the probabilities; with `axis_name` two sums of `classes` numbers over the
+    shards.
+
     Example:
       >>> p = jnp.array([[0.5, 0.5], [0.5, 0.5], [0.9, 0.1]])
       >>> print(weighted_log_loss(p, jnp.array([0, 0, 1])).round(3))

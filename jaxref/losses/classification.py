@@ -59,6 +59,9 @@ def poly_cross_entropy(
     Use it in place of cross-entropy when one more scalar to tune is worth its accuracy;
     `poly1_focal_loss` is the per-class sigmoid form for detection.
 
+    Cost: that of cross-entropy, a softmax, and N powers for the label; for every class where labels
+    are distributions or smoothed.
+
     Example:
       >>> losses = poly_cross_entropy(jnp.array([[2.0, 0.0, -1.0]]), jnp.array([0]), epsilon=2.0)
       >>> print(losses.round(3))
@@ -117,6 +120,8 @@ def poly1_focal_loss(
 
     Use it for many independent, mostly negative decisions (detection, multi-label);
     `poly_cross_entropy` is the softmax form for one label among many.
+
+    Cost: one pass over the logits.
 
     Example:
       >>> losses = poly1_focal_loss(jnp.array([2.0, -1.0]), jnp.array([1, 0]), epsilon=1.0)
@@ -178,6 +183,8 @@ def truncated_poly_loss(
     Use it to study how much of cross-entropy's tail is needed, or under label noise;
     `poly_cross_entropy` keeps the whole tail.
 
+    Cost: a softmax, and N terms for the label; for every class where labels are distributions.
+
     Example:
       >>> losses = truncated_poly_loss(jnp.array([[2.0, 0.0]]), jnp.array([1]), num_terms=1)
       >>> print(losses.round(4))
@@ -234,6 +241,8 @@ def squentropy(
 
     Use it in place of cross-entropy, with the same optimizer and learning rate, where calibrated
     probabilities matter; `rescaled_square_loss` drops the cross-entropy altogether.
+
+    Cost: a softmax, and one sum of squares beside it.
 
     Example:
       >>> losses = squentropy(jnp.array([[2.0, 1.0, -1.0]]), jnp.array([0]))
@@ -295,6 +304,8 @@ def rescaled_square_loss(
     Use it where least squares is wanted for its closed forms or its robustness; `squentropy` keeps
     most of its calibration without its two parameters.
 
+    Cost: one pass over the logits, without exponentials.
+
     Example:
       >>> losses = rescaled_square_loss(jnp.array([[2.0, 1.0, -1.0]]), jnp.array([0]))
       >>> print(losses.round(3))
@@ -355,6 +366,8 @@ def margin_binary_cross_entropy(
     Use it to sharpen a trained boundary, such as the surface of an occupancy field, on examples
     that lie at it (`jaxref.data.boundary_mask`); `poly1_focal_loss` turns to hard examples without
     moving the decision.
+
+    Cost: one pass over the logits, as of binary cross-entropy.
 
     Example:
       >>> losses = margin_binary_cross_entropy(jnp.array([2.0, 2.0]), jnp.array([1, 0]))

@@ -51,6 +51,8 @@ def cosine_contrastive_loss(
     Use it to train `jaxref.nn.SimpleX` or plain matrix factorization with many negatives;
     `bayesian_personalized_ranking_loss` and `sampled_softmax_loss` compare scores of any size.
 
+    Cost: one pass over the scores, |N| + 1 for each choice; those are what takes time.
+
     Example:
       >>> positive, negative = jnp.array([0.75]), jnp.array([[0.9, 0.7, -0.2]])
       >>> print(cosine_contrastive_loss(positive, negative).round(3))
@@ -90,8 +92,10 @@ def bayesian_personalized_ranking_loss(
       ValueError: shapes that do not match.
       TypeError: scores that are not floating point.
 
-    The common baseline of recommendation; `pairwise_hinge_loss` lets go of pairs that are far
-    enough apart, and `cosine_contrastive_loss` of all easy negatives.
+    Use it as the common baseline of recommendation; `pairwise_hinge_loss` lets go of pairs that are
+    far enough apart, and `cosine_contrastive_loss` of all easy negatives.
+
+    Cost: one softplus for each pair, |N| for each choice.
 
     Example:
       >>> positive, negative = jnp.array([1.0]), jnp.array([[1.0, 0.0]])
@@ -135,6 +139,8 @@ def pairwise_hinge_loss(
     `bayesian_personalized_ranking_loss` needs no margin. `pairwise_surrogate` has other losses of a
     pair.
 
+    Cost: one pass over the pairs, |N| for each choice.
+
     Example:
       >>> positive, negative = jnp.array([1.0]), jnp.array([[1.0, -0.5]])
       >>> print(pairwise_hinge_loss(positive, negative))
@@ -172,6 +178,8 @@ def sampled_softmax_loss(
 
     Use it with a few hundred negatives, of which the hard ones weigh most; with all other items it
     is softmax cross-entropy. `cosine_contrastive_loss` gives the easy ones no weight at all.
+
+    Cost: that of a softmax over |N| + 1 scores for each choice, in place of all items.
 
     Example:
       >>> positive, negative = jnp.array([1.0]), jnp.array([[1.0, 0.0]])

@@ -59,7 +59,10 @@ def gumbel_softmax(
         does not broadcast.
       TypeError: logits that are not floating point.
 
-    Use it for choices inside of a network; `jax.random.categorical` draws without a gradient.
+    Use it for choices inside of a network; `jax.random.categorical` draws without a gradient, and
+    `gumbel_contrastive_loss` makes a loss of it.
+
+    Cost: a random number for each logit, and a softmax over the classes.
 
     Example:
       >>> choice = gumbel_softmax(jnp.array([0.0, 30.0]), key=jax.random.key(0), hard=True)
@@ -123,6 +126,9 @@ def gumbel_contrastive_loss(
     Use it to train the bottleneck's layer, beside cross-entropy on the classes; with
     `diagonal_contrastive_loss` in its place concepts are matched with images in order.
 
+    Cost: two softmaxes of the logits, and two random numbers for each; with `axis_name` every shard
+    draws the first noise of all, and drops the rest.
+
     Example:
       >>> loss = jax.jit(gumbel_contrastive_loss)
       >>> value = loss(jnp.zeros((2, 3)), key=jax.random.key(0), temperature=1e6)
@@ -177,6 +183,8 @@ def diagonal_contrastive_loss(
     Use it where images and texts come in pairs. In a bottleneck they do not, and its result depends
     on the order of the batch: the paper's variant for comparison.
 
+    Cost: two softmaxes of the logits.
+
     Example:
       >>> print(jax.jit(diagonal_contrastive_loss)(jnp.zeros((4, 4))).round(4))
       1.3863
@@ -212,8 +220,10 @@ def l1_bottleneck_penalty(weights: ArrayLike, *, weight: float = 1e-3) -> Array:
       ValueError: a negative `weight`.
       TypeError: weights that are not floating point.
 
-    Add it to the classes' cross-entropy. It makes weights sparse, `gumbel_contrastive_loss`
-    activations.
+    Use it beside the classes' cross-entropy for concepts that few classes read: it makes weights
+    sparse, `gumbel_contrastive_loss` activations.
+
+    Cost: one pass over the weights.
 
     Example:
       >>> print(l1_bottleneck_penalty(jnp.array([[1.0, -2.0]]), weight=0.5))
@@ -258,7 +268,11 @@ def cubic_cosine_similarity_loss(
       ValueError: shapes that do not match.
       TypeError: logits that are not floating point.
 
-    Use its mean to keep the neurons of a bottleneck to their concepts without any labels.
+    Use its mean to keep the neurons of a bottleneck to their concepts without any labels;
+    `diagonal_contrastive_loss` asks for pairs.
+
+    Cost: a few passes over both logits; with `axis_name` only `concepts` numbers at a time pass
+    between shards.
 
     Example:
       >>> u = jnp.array([[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]])

@@ -54,6 +54,8 @@ def amplify_probability(probabilities: ArrayLike, *, steepness: float = 73.0) ->
 
     Use it to count decisions with a gradient; `soft_confusion_matrix` does.
 
+    Cost: one pass over the probabilities.
+
     Example:
       >>> print(amplify_probability(jnp.array([0.45, 0.5, 0.6])).round(3))
       [0.025 0.5   0.999]
@@ -101,6 +103,9 @@ def soft_confusion_matrix(
       TypeError: probabilities that are not floating point.
 
     Use it where a metric needs the counts themselves; `metric_loss` makes a loss of one.
+
+    Cost: one pass over the probabilities, and four sums for each set; with `axis_name` these alone
+    are sent.
 
     Example:
       >>> matrix = soft_confusion_matrix(jnp.array([0.9, 0.8, 0.2]), jnp.array([1, 0, 0]))
@@ -162,6 +167,8 @@ def metric_loss(
     `geometric_mean_loss` and `balanced_accuracy_loss` are made with it. A decision that is made
     gets next to no gradient, so that large batches and a good start help.
 
+    Cost: that of `soft_confusion_matrix`, one pass, and `metric` of four numbers for each set.
+
     Example:
       >>> recall = lambda matrix: matrix.true_positives / (
       ...     matrix.true_positives + matrix.false_negatives)
@@ -211,7 +218,10 @@ def accuracy_loss(
       ValueError: what `metric_loss` raises.
       TypeError: what `metric_loss` raises.
 
-    Use it where classes are of similar size.
+    Use it where classes are of similar size; else `balanced_accuracy_loss` counts both alike, and
+    `f_beta_loss` the positives alone.
+
+    Cost: that of `soft_confusion_matrix`: one pass over the probabilities.
 
     Example:
       >>> print(accuracy_loss(jnp.array([0.9, 0.8, 0.2, 0.1]), jnp.array([1, 0, 0, 0])).round(3))
@@ -270,6 +280,8 @@ def f_beta_loss(
     Use it where positives are rare and F1 is reported, with batches that hold some of them;
     `self_adjusting_dice_loss` has the same limit without the amplification.
 
+    Cost: that of `soft_confusion_matrix`: one pass over the probabilities.
+
     Example:
       >>> print(f_beta_loss(jnp.array([0.9, 0.8, 0.2, 0.1]), jnp.array([1, 0, 0, 0])).round(3))
       0.333
@@ -325,6 +337,8 @@ def geometric_mean_loss(
     Use it where neither class may be given up: it is 1 if one is. `balanced_accuracy_loss` trades
     one for the other.
 
+    Cost: that of `soft_confusion_matrix`: one pass over the probabilities.
+
     Example:
       >>> loss = geometric_mean_loss(jnp.array([0.9, 0.8, 0.2, 0.1]), jnp.array([1, 0, 0, 0]))
       >>> print(loss.round(3))
@@ -379,7 +393,10 @@ def balanced_accuracy_loss(
       ValueError: what `metric_loss` raises.
       TypeError: what `metric_loss` raises.
 
-    Use it where classes differ in size and both count alike.
+    Use it where classes differ in size and both count alike; `geometric_mean_loss` lets neither be
+    given up for the other.
+
+    Cost: that of `soft_confusion_matrix`: one pass over the probabilities.
 
     Example:
       >>> loss = balanced_accuracy_loss(jnp.array([0.9, 0.8, 0.2, 0.1]), jnp.array([1, 0, 0, 0]))

@@ -53,6 +53,8 @@ def siglip_init(*, temperature: float = 10.0, bias: float = -10.0) -> SigmoidCon
     Use it with `sigmoid_contrastive_loss`; a softmax over the batch starts from a temperature of
     1 / 0.07 and has no bias, which would not change it.
 
+    Cost: two scalars.
+
     Example:
       >>> print(*siglip_init())
       2.3025851 -10.0
@@ -113,6 +115,9 @@ def sigmoid_contrastive_loss(
     compares all texts of the batch with one another, and gains from larger batches for longer.
     Swapping image and text changes the rows but not their mean.
 
+    Cost: O(N² F) time and N² logits for N pairs of F features; N² / D² logits at a time on each of
+    D shards.
+
     Example:
       >>> image, text = jnp.eye(2), jnp.array([[0.9, 0.0], [0.1, 2.0]])
       >>> print(sigmoid_contrastive_loss(image, text, *siglip_init()).round(4))
@@ -172,6 +177,9 @@ def softmax_contrastive_loss(
     Use it as the baseline of two towers; `sigmoid_contrastive_loss` needs no normaliser over the
     batch. `nt_xent_loss` is for two views by one tower, and has the batch's other views of both
     kinds as negatives.
+
+    Cost: O(N² F) time for N pairs of F features, each direction on its own, and 2 N² logits; on D
+    shards N² / D of each, N² / D² with `ring`.
 
     Example:
       >>> image, text = jnp.eye(2), jnp.array([[0.9, 0.0], [0.1, 2.0]])
@@ -234,6 +242,9 @@ def nt_xent_loss(
     Use it for self-supervised features of one tower; `softmax_contrastive_loss` is for two towers,
     and `mean_shifted_contrastive_loss` fine-tunes features that are good already.
 
+    Cost: O(4 N² F) time for F features, and 4 N² logits; on D shards 4 N² / D each, 4 N² / D² with
+    `ring`.
+
     Example:
       >>> print(nt_xent_loss(jnp.eye(2), jnp.eye(2)).round(4))
       [0.2395 0.2395 0.2395 0.2395]
@@ -283,6 +294,8 @@ def kept_negatives(
 
     Use it to study the imbalance of positives and negatives: few random ones hurt, while the hard
     ones carry nearly all there is to learn.
+
+    Cost: two sorts of each row, O(texts · log texts), and similarities of all pairs in memory.
 
     Example:
       >>> similarities = jnp.array([[0.9, 0.2, 0.4, 0.1], [0.8, 0.9, 0.1, 0.3]])

@@ -77,6 +77,9 @@ def conr_loss(
     keeps the features of rare labels from falling in with those of frequent ones. The authors' code
     also adds 1 to D_i for each example that is no positive.
 
+    Cost: the products of all pairs twice, O(N² F) time for N examples of F features and O(N²)
+    memory; O(N² / D²) at a time with `ring` on D shards.
+
     Example:
       >>> features = jnp.array([[1.0, 0.0], [1.0, 0.2], [0.8, 0.6]])
       >>> targets, predictions = jnp.array([20.0, 21.0, 60.0]), jnp.array([20.0, 22.0, 21.0])

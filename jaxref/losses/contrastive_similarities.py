@@ -49,6 +49,8 @@ def info_nce_loss(
     `nt_xent_loss` make their own from embeddings, also of other devices. Low temperatures
     spread features evenly, high ones tolerate that examples of a kind are alike.
 
+    Cost: that of a softmax over the candidates.
+
     Example:
       >>> s = jnp.array([[0.9, 0.5, 0.1]])
       >>> print(info_nce_loss(s, jnp.array([0]), temperature=0.5).round(4))
@@ -98,7 +100,10 @@ def hard_contrastive_loss(
         range.
       TypeError: similarities that are not floating point, or an index that is not integer.
 
-    Use it at temperatures of 0.3 and above, where `info_nce_loss` hardly tells negatives apart.
+    Use it at temperatures of 0.3 and above, where `info_nce_loss` hardly tells negatives apart;
+    `hard_simple_contrastive_loss` has no temperature.
+
+    Cost: one sort of each row and a softmax; with `threshold` there is no sort.
 
     Example:
       >>> s = jnp.array([[0.9, 0.5, 0.1]])
@@ -146,6 +151,8 @@ def simple_contrastive_loss(
     Use it to see what hardness is worth: trained by it alone, features do not come apart;
     `hard_simple_contrastive_loss` does nearly as well as `info_nce_loss`.
 
+    Cost: one pass over the similarities.
+
     Example:
       >>> print(simple_contrastive_loss(jnp.array([[0.9, 0.5, 0.1]]), jnp.array([0])).round(4))
       [-0.3]
@@ -188,6 +195,8 @@ def hard_simple_contrastive_loss(
       TypeError: similarities that are not floating point, or an index that is not integer.
 
     Use it as `hard_contrastive_loss` where there shall be no temperature to tune.
+
+    Cost: one sort of each row; one pass alone with `threshold`.
 
     Example:
       >>> s = jnp.array([[0.9, 0.5, 0.1]])

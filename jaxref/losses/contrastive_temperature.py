@@ -59,6 +59,8 @@ def isogclr_init(num_examples: int, *, temperature: float = 0.07) -> IndividualT
     Use it with `isogclr_loss`; `isogclr_bimodal_loss` takes two of them, one for the images and one
     for the texts.
 
+    Cost: three numbers for each of N examples.
+
     Example:
       >>> print(isogclr_init(2).temperature, isogclr_init(2).log_mean)
       [0.07 0.07] [-inf -inf]
@@ -145,6 +147,9 @@ def isogclr_loss(
     semantics get a high temperature, which tolerates that their negatives look like them, rare ones
     a low one. `nt_xent_loss` has one temperature for all, and needs larger batches.
 
+    Cost: the products of all pairs of 2 · batch views twice, once with a gradient, and as many
+    logits; three float32 numbers of state for each training example.
+
     Example:
       >>> a, b = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.6, 0.8]])
       >>> start = isogclr_init(3, temperature=0.5)
@@ -230,6 +235,9 @@ def isogclr_bimodal_loss(
     Use it to train two towers on pairs from the web, whose captions range from the common to the
     rare; `softmax_contrastive_loss` learns one temperature for all.
 
+    Cost: batch² products four times, twice with a gradient; three float32 numbers of state for each
+    image and each text of the training set.
+
     Example:
       >>> image, text = jnp.eye(2), jnp.array([[1.0, 0.0], [0.6, 0.8]])
       >>> start, indices = isogclr_init(2, temperature=0.5), jnp.arange(2)
@@ -300,6 +308,8 @@ def robust_global_contrastive_loss(
     Use it where all negatives of an anchor are at hand, and to see what `isogclr_loss`, which meets
     them batch by batch, descends.
 
+    Cost: that of a log-sum-exp over the negatives.
+
     Example:
       >>> print(robust_global_contrastive_loss(jnp.array([-1.0, 0.0]), 0.5, rho=0.4).round(4))
       -0.0831
@@ -347,7 +357,10 @@ def kl_constrained_temperature(
       ValueError: shapes that do not match, or a `rho` or `temperature_min` that is not above 0.
       TypeError: differences that are not floating point.
 
-    Use it to set temperatures at once where all negatives are at hand, and to choose ρ.
+    Use it to set temperatures at once where all negatives are at hand, and to choose ρ;
+    `isogclr_loss` learns them from batches.
+
+    Cost: 40 softmaxes over the negatives, by halving.
 
     Example:
       >>> h = jnp.array([-1.0, -0.5, 0.0])

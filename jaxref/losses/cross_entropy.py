@@ -53,9 +53,12 @@ def softmax_cross_entropy(
         match.
       TypeError: logits that are not floating point, or labels of a type that is neither.
 
-    The loss of one label among several; `binary_cross_entropy` is for labels that do not exclude
-    each other, `poly_cross_entropy` and `squentropy` change its tail. Over a large vocabulary
-    `jaxref.kernels.linear_softmax_cross_entropy` saves the logits' memory.
+    Use it as the loss of one label among several; `binary_cross_entropy` is for labels that do not
+    exclude each other, `poly_cross_entropy` and `squentropy` change its tail, and over a large
+    vocabulary `jaxref.kernels.linear_softmax_cross_entropy` saves the logits' memory.
+
+    Cost: that of a softmax over the classes, which keeps one array of the logits' size for the
+    gradient.
 
     Example:
       >>> logits, labels = jnp.array([[2.0, 0.0], [2.0, 0.0]]), jnp.array([0, 1])
@@ -108,6 +111,8 @@ def negative_log_likelihood(
     Use it behind a model whose output is normalised already, such as a mixture;
     `softmax_cross_entropy` takes logits.
 
+    Cost: one pass over the log-probabilities, and an array of targets of their size.
+
     Example:
       >>> log_p = jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.0]]))
       >>> print(negative_log_likelihood(log_p, jnp.array([0, 0])).round(3))
@@ -152,8 +157,10 @@ def binary_cross_entropy(
         match.
       TypeError: logits that are not floating point.
 
-    The loss of decisions that do not exclude each other; `softmax_cross_entropy` is for one label
+    Use it for decisions that do not exclude each other; `softmax_cross_entropy` is for one label
     among several, `margin_binary_cross_entropy` asks for a margin.
+
+    Cost: one pass over the logits.
 
     Example:
       >>> print(binary_cross_entropy(jnp.array([2.0, 2.0]), jnp.array([1, 0])).round(3))
@@ -201,6 +208,8 @@ def hinge_loss(
 
     Use it for a boundary that the hard examples alone decide; `binary_cross_entropy` is smooth, and
     gives probabilities.
+
+    Cost: one pass over the logits, without exponentials.
 
     Example:
       >>> print(hinge_loss(jnp.array([2.0, 0.5, 0.5]), jnp.array([1, 1, 0])))

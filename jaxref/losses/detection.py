@@ -52,6 +52,8 @@ def smooth_l1_loss(
     Use it for offsets in units of the box; `huber_loss` is β times this, `balanced_l1_loss` gives
     small errors more of the gradient.
 
+    Cost: one pass over the predictions.
+
     Example:
       >>> print(smooth_l1_loss(jnp.array([1.0, 3.0]), jnp.array([1.5, 1.0])))
       [0.125 1.5  ]
@@ -99,6 +101,8 @@ def balanced_l1_loss(
 
     Use it in place of `smooth_l1_loss` where most offsets are small already and few outliers hold
     most of the gradient.
+
+    Cost: one pass over the predictions, with a logarithm for each.
 
     Example:
       >>> print(balanced_l1_loss(jnp.array([0.0, 1.0]), 0.0).round(3))
@@ -150,6 +154,8 @@ def wing_loss(
     Use it for landmarks that are to be precise to a pixel; `smooth_l1_loss` lets go of small
     errors.
 
+    Cost: one pass over the predictions, with a logarithm for each.
+
     Example:
       >>> print(wing_loss(jnp.array([2.0, 10.0]), 0.0).round(3))
       [ 6.931 17.918]
@@ -189,6 +195,8 @@ def iou_loss(
 
     Use it to refine boxes that overlap; `giou_loss` and `diou_loss` also draw others together.
 
+    Cost: one pass over the boxes.
+
     Example:
       >>> print(iou_loss(jnp.array([0.0, 0.0, 2.0, 2.0]), jnp.array([1.0, 0.0, 3.0, 2.0])).round(3))
       0.667
@@ -224,6 +232,8 @@ def giou_loss(
 
     Use it from the start of training, when boxes may be far off; one box inside the other gives no
     more than `iou_loss` does, which `diou_loss` improves on.
+
+    Cost: one pass over the boxes, as `iou_loss`.
 
     Example:
       >>> apart = giou_loss(jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([3.0, 0.0, 4.0, 1.0]))
@@ -264,6 +274,8 @@ def diou_loss(
     Use it in place of `giou_loss`, for a gradient to the centre wherever the boxes lie;
     `ciou_loss` adds one to the shape.
 
+    Cost: one pass over the boxes, as `iou_loss`.
+
     Example:
       >>> apart = diou_loss(jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([3.0, 0.0, 4.0, 1.0]))
       >>> print(apart.round(3))
@@ -302,7 +314,10 @@ def ciou_loss(
       ValueError: a last axis that is not 4, or shapes that do not match.
       TypeError: predictions that are not floating point.
 
-    Use it in place of `diou_loss` for objects of many shapes.
+    Use it in place of `diou_loss` for objects of many shapes, whose sides' ratio it corrects, too;
+    `giou_loss` has neither term.
+
+    Cost: one pass over the boxes, with two arctangents for each.
 
     Example:
       >>> wide = ciou_loss(jnp.array([0.0, 0.5, 4.0, 1.5]), jnp.array([1.0, 0.0, 3.0, 2.0]))
@@ -363,6 +378,9 @@ def yolo_loss(
 
     Use it for the original detector; later ones replace the terms one by one, by `ciou_loss` for
     the boxes and `binary_cross_entropy` for the confidences and classes.
+
+    Cost: one pass over the predictions, S² (5 B + classes) numbers an image; boxes and truths are
+    matched within their cells alone.
 
     Example:
       >>> boxes = jnp.array([0.5, 0.5, 0.25, 0.25]).reshape(1, 1, 1, 4)

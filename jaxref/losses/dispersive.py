@@ -71,6 +71,9 @@ def dispersive_loss(
     Use it in `loss = jnp.mean(diffusion_losses) + 0.5 * dispersive_loss(hidden)`; 0.5 is the
     paper's weight. `nt_xent_loss` is for features that are themselves the aim, from two views.
 
+    Cost: O(N² F) time for N examples and N² numbers; on D shards N² / D of them each, N² / D² at a
+    time with `ring`. No forward pass beside the model's own.
+
     Example:
       >>> z, loss = jnp.array([[0.0, 0.0], [1.0, 1.0], [4.0, 0.0]]), jax.jit(dispersive_loss)
       >>> print(loss(z).round(3), loss(jnp.ones((3, 2))))

@@ -58,6 +58,8 @@ def soft_label_distillation_loss(
     `binary_kl_logit_loss` sees what a constant added to the logits changes;
     `plackett_luce_distillation_loss` the order of the classes.
 
+    Cost: two softmaxes over the classes, and the teacher's forward pass.
+
     Example:
       >>> student = jnp.array([[1.0, 0.0], [2.0, 4.0]])
       >>> teacher = jnp.array([[0.0, 1.0], [3.0, 5.0]])
@@ -103,8 +105,11 @@ def binary_kl_logit_loss(
       ValueError: shapes that do not match, no class, or a `temperature` that is not positive.
       TypeError: logits that are not floating point.
 
-    `binary_kl_norm_logit_loss` has a gradient for large logits, too, and is what the paper trains
-    with; `soft_label_distillation_loss` does not see a constant added to the logits.
+    Use it where classes are decisions of their own, and a constant added to the logits matters,
+    which `soft_label_distillation_loss` does not see; `binary_kl_norm_logit_loss` has a gradient
+    for large logits, too, and is what the paper trains with.
+
+    Cost: a few passes over arrays of twice the logits' size, and the teacher's forward pass.
 
     Example:
       >>> loss = binary_kl_logit_loss(jnp.array([-2.0, -1.0, 0.0]), jnp.array([2.0, 3.0, 4.0]))
@@ -153,6 +158,8 @@ def binary_kl_norm_logit_loss(
 
     Use it on an auxiliary head (`dual_head_distillation_loss`): together with cross-entropy on one
     head, a loss on the logits themselves makes the classifier collapse.
+
+    Cost: one pass over the logits, without a softmax, and the teacher's forward pass.
 
     Example:
       >>> loss = binary_kl_norm_logit_loss(jnp.array([20.0, 1.0]), jnp.array([25.0, 1.0]))
@@ -210,8 +217,13 @@ def dual_head_distillation_loss(
         weight.
       TypeError: logits that are not floating point, or labels of a type that is neither.
 
-    `jaxref.nn.DualHeadClassifier` has the two heads. Where the gradients of the two terms conflict,
-    take them apart and through `jaxref.optimizers.align_gradients`, as the paper does.
+    Use it for students that a loss on the logits themselves makes collapse on one head;
+    `soft_label_distillation_loss` needs no second one. `jaxref.nn.DualHeadClassifier` has the two
+    heads. Where the gradients of the two terms conflict, take them apart and through
+    `jaxref.optimizers.align_gradients`, as the paper does.
+
+    Cost: a softmax and a pass over the auxiliary logits, the teacher's forward pass, and a second
+    head, which inference does not need.
 
     Example:
       >>> main, auxiliary, teacher = jnp.array([[2.0, 0.0], [1.0, 0.0], [5.0, 0.0]])

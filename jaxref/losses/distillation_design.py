@@ -35,6 +35,8 @@ def layer_mapping(
     Use it to pair the states that `hidden_mse_loss` and its neighbours compare. With the
     embeddings as layer 0, as many models return them, add 1.
 
+    Cost: S integers, without arrays.
+
     Example:
       >>> layer_mapping(12, 4), layer_mapping(12, 4, "last")
       ((2, 5, 8, 11), (8, 9, 10, 11))
@@ -96,8 +98,12 @@ def recommend_pipeline(
     Raises:
       ValueError: shapes that do not match, `top_k` out of range, or a `ridge` that is not positive.
 
-    The paper leaves the regression to an ensemble of tabular models (AutoGluon); use any where
-    there are thousands of runs. This one solves a system as large as their number.
+    Use it with up to some hundreds of runs, to choose what to try first on a new task. The paper
+    leaves the regression to an ensemble of tabular models (AutoGluon); take one where there are
+    thousands.
+
+    Cost: one linear system of all pairs of tasks and ways, tried or not: O((tasks · ways)³) time
+    and the square in memory.
 
     Example:
       >>> features, candidates = jnp.array([[1.0], [2.0], [8.0], [9.0]]), jnp.eye(2)

@@ -36,8 +36,11 @@ def hidden_mse_loss(
       ValueError: shapes that do not match.
       TypeError: states that are not floating point.
 
-    The bound on the mutual information for a Gaussian critic of fixed width; `hidden_cosine_loss`
-    does not see lengths, `mi_alpha_loss` sees other samples.
+    Use it where student and teacher have states of one kind and scale: it is the bound on the
+    mutual information for a Gaussian critic of fixed width; `hidden_cosine_loss` does not see
+    lengths, `mi_alpha_loss` sees other samples.
+
+    Cost: one pass over the states, and the teacher's forward pass.
 
     Example:
       >>> print(hidden_mse_loss(jnp.array([[1.0, 3.0]]), jnp.array([[1.0, 1.0]])))
@@ -71,6 +74,8 @@ def hidden_cosine_loss(
       TypeError: states that are not floating point.
 
     Use it where the length of a state means little; `patient_distillation_loss` is twice this.
+
+    Cost: two passes over the states, for lengths and products, and the teacher's forward pass.
 
     Example:
       >>> print(hidden_cosine_loss(jnp.array([[3.0, 4.0]]), jnp.array([[2.0, 0.0]])).round(3))
@@ -110,6 +115,9 @@ def patient_distillation_loss(
     Use it on one state for each sequence, where `hidden_cosine_loss` is for all tokens: but for the
     factor of 2 they are the same.
 
+    Cost: two passes over the states, of one token for each sequence as a rule, and the teacher's
+    forward pass.
+
     Example:
       >>> print(patient_distillation_loss(jnp.array([3.0, 4.0]), jnp.array([2.0, 0.0])).round(3))
       0.8
@@ -146,6 +154,9 @@ def attention_cross_entropy_loss(
 
     Use it where both have the same number of heads, or with the mean over heads. The constant apart
     it is `soft_label_distillation_loss` at temperature 1.
+
+    Cost: two softmaxes of `[..., queries, keys]`, whose scores have to be in memory for both: no
+    fused attention.
 
     Example:
       >>> scores = jnp.array([[2.0, 0.0], [0.0, 0.0]])
@@ -189,6 +200,8 @@ def gram_distillation_loss(
       TypeError: states that are not floating point.
 
     Use it where states may turn and mirror freely; `hidden_mse_loss` holds each feature.
+
+    Cost: O(N² (D_s + D_t)) time for sequences of N tokens, and two arrays of N².
 
     Example:
       >>> student, teacher = jnp.eye(2), jnp.array([[1.0], [0.0]])

@@ -53,9 +53,11 @@ def mi_alpha_loss(
         outside of [0, 1].
       TypeError: scores that are not floating point.
 
-    Add it to the loss of the task, for the inner products of projections of both states, say;
+    Use it beside the loss of the task, on the inner products of projections of both states, say;
     `mutual_information_lower_bound` has the plain bounds too. `hidden_mse_loss` needs no other
     samples.
+
+    Cost: O(K²) time and memory, for the scores of all pairs, which a critic has to give.
 
     Example:
       >>> print(mi_alpha_loss(jnp.array([[2.0, 0.0], [0.0, 2.0]]), alpha=1.0))
@@ -111,6 +113,8 @@ def mutual_information_lower_bound(
 
     Use it to measure; `mi_alpha_loss` is the loss. The authors' code has the student's samples in
     the rows, and takes the logit of α.
+
+    Cost: O(K²) time and memory; "interpolated" keeps several arrays of K² numbers, "infonce" one.
 
     Example:
       >>> scores = jnp.array([[2.0, 0.0], [0.0, 2.0]])

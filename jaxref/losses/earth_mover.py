@@ -74,6 +74,9 @@ def earth_mover_language_loss(
     Use it through `emo_loss`: its gradient is small where the label has next to no mass.
     `linear_earth_mover_loss` needs no logits.
 
+    Cost: tokens · vocabulary · width multiplications for the costs, beside a softmax, and an array
+    of costs as large as the logits.
+
     Example:
       >>> embedding = jnp.array([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]])
       >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
@@ -125,6 +128,9 @@ def emo_loss(
     package, of which some releases limit w to 3 in mode 1; their program for GPT-2 calls the first
     one "emo".
 
+    Cost: that of `earth_mover_language_loss`: a product of tokens · vocabulary · width, a softmax,
+    and costs as large as the logits.
+
     Example:
       >>> embedding = jnp.array([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]])
       >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
@@ -170,11 +176,13 @@ def linear_earth_mover_loss(
       ValueError: shapes that do not match, or a vocabulary without a word.
       TypeError: arrays that are not floating point, or labels that are not integers.
 
-    Logits and costs exist for 2048 words at a time, backward too, where they are computed again.
     The products with `kernel` take operands of its type and sum in float32; those of unit vectors
     run in float32. It differentiates in reverse mode (`jax.grad`), once.
 
     Use it, through `linear_emo_loss`, where the logits would be the largest arrays of a step.
+
+    Cost: six products of the size of tokens · vocabulary, two forward, and four backward, which
+    forms the logits again; memory for 2048 words at a time.
 
     Example:
       >>> hidden, kernel = jnp.array([[0.0, 0.0]]), jnp.ones((2, 3))
@@ -222,6 +230,9 @@ def linear_emo_loss(
 
     Use it in place of `jaxref.kernels.linear_softmax_cross_entropy`, which it is with the distance
     left out.
+
+    Cost: that of `linear_earth_mover_loss`: six products of the size of tokens · vocabulary, and
+    memory for tokens · 2048 numbers.
 
     Example:
       >>> hidden, kernel = jnp.array([[0.0, 0.0]]), jnp.ones((2, 3))

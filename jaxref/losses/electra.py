@@ -72,9 +72,12 @@ def sample_masked_positions(
         broadcast.
       TypeError: tokens that are not integers.
 
-    Use it for each batch anew. The authors' code draws positions with replacement, so that it
-    sometimes masks a few less than k; and of those masked it leaves 15% visible to the generator,
-    as `masked & jax.random.bernoulli(key, 0.85, masked.shape)` in its input does.
+    Use it for each batch anew; `electra_corrupt` fills in what it masks. The authors' code draws
+    positions with replacement, so that it sometimes masks a few less than k; and of those masked it
+    leaves 15% visible to the generator, as `masked & jax.random.bernoulli(key, 0.85, masked.shape)`
+    in its input does.
+
+    Cost: a random number for each token, and two sorts of each sequence.
 
     Example:
       >>> tokens, key = jnp.array([1, 7, 8, 9, 7, 8, 9, 2]), jax.random.key(0)
@@ -132,8 +135,11 @@ def electra_corrupt(
       TypeError: tokens that are not integers, a mask that is not boolean, or logits that are not
         floating point.
 
-    Give the first to the discriminator and the second to `electra_loss`. Logits of 0 make a
-    generator that is uniform, which teaches less than one that learns.
+    Use it between the two models: the ids go to the discriminator, and what it should say of them
+    to `electra_loss`. Logits of 0 make a generator that is uniform, which teaches less than one
+    that learns.
+
+    Cost: one random number for each logit, at all positions: length · vocabulary a sequence.
 
     Example:
       >>> tokens, masked = jnp.array([3, 1, 2, 0]), jnp.array([True, True, False, False])
@@ -200,8 +206,13 @@ def electra_loss(
       TypeError: logits that are not floating point, tokens that are not integers, or a mask that is
         not boolean.
 
-    Fine-tune the discriminator alone afterwards. `binary_cross_entropy(d, r, where=masked)` is the
-    paper's ablation that learns from the masked tokens only.
+    Use it to pre-train an encoder that learns from every token of a text, where masked language
+    modelling learns from the masked ones; fine-tune the discriminator alone afterwards.
+    `binary_cross_entropy(d, r, where=masked)` is the paper's ablation that learns from the masked
+    tokens only.
+
+    Cost: a forward and a backward pass of both models; here a softmax over the vocabulary at all
+    positions, and one pass over the discriminator's logits.
 
     Example:
       >>> masked = jnp.array([True, False])

@@ -104,9 +104,12 @@ def factored_output_init(
         argument out of its range.
       TypeError: weights that are not floating point.
 
-    Use it once, with memory for W and a pass over it. From the weights of a state,
+    Use it before training. From the weights of a state,
     `factored_output_init(factored_output_weights(state))` takes out all rounding that it collected.
     W = 0 has no gradient under the Z-loss.
+
+    Cost: O(D d²) time for Q, and memory for W and three d × d matrices; one more copy of W where
+    `weights` are given.
 
     Example:
       >>> state = factored_output_init(jnp.array([[1.0, 2.0], [0.0, 1.0], [1.0, 0.0]]))
@@ -161,7 +164,9 @@ def factored_output_weights(state: FactoredOutputState) -> Array:
     Returns:
       `[classes, d]` in the type of the state; the outputs of h are `W @ h`.
 
-    Use it for evaluation and to write the weights out: it takes O(D d²) and memory for W.
+    Use it to write the weights out; `factored_output_log_probabilities` evaluates without them.
+
+    Cost: O(D d²) time, and memory for W.
 
     Example:
       >>> weights = jnp.array([[1.0, 2.0], [0.0, 1.0]])
@@ -183,8 +188,6 @@ def spherical_statistics(
 
         o_c = (V U)_c h + w · h,   s = Σ_k o_k = m · h,   q = Σ_k o_k² = hᵀ Q h
 
-    In O(d²) for an example, whatever the number of classes.
-
     Args:
       hidden: h `[..., d]` floating point.
       labels: integer ids `[...]`.
@@ -200,6 +203,8 @@ def spherical_statistics(
 
     Use it with `factored_output_update` for a loss, or a scale of it, of one's own;
     `factored_output_loss` joins them.
+
+    Cost: O(d²) for each example, whatever the number of classes.
 
     Example:
       >>> state = factored_output_init(jnp.array([[1.0, 2.0], [0.0, 1.0], [1.0, 0.0]]))
@@ -240,13 +245,12 @@ def factored_output_update(
         U ← U M,   U⁻¹ ← M⁻¹ U⁻¹,   w ← M w - η Hᵀ g_s,   V ← V - Y U⁻¹
 
     and Q and m follow in the same way. M⁻¹ is the inverse of an n × n system by Woodbury's identity
-    for n < d examples. All takes O(n d² + n² d + n³) for n < d, O(n d² + d³) for more, and
-    touches of V the labels' rows alone, examples of one class adding up.
+    for n < d examples. Of V the labels' rows alone change, examples of one class adding up.
 
     Every `stabilize_every` updates, and as soon as the norm of U or of U⁻¹ says that there are any,
     the singular values of U that have left [1/2, 2] are set to 1, and V is corrected so that V U
-    stays as it is; U⁻¹ is then computed anew. That is O(d³), and for every 8 such values one pass
-    over V. The authors' code looks at fixed times alone, too late for a large learning rate.
+    stays as it is; U⁻¹ is then computed anew. The authors' code looks at fixed times alone, too
+    late for a large learning rate.
 
     A step of which M is nearly singular, for one example 2 η g_q |h|² = 1, would lose a direction
     of V U for good. It is refused, as is one that is not finite: the state stays as it is but for
@@ -268,8 +272,12 @@ def factored_output_update(
       ValueError: shapes that do not match, or an argument out of its range.
       TypeError: `hidden` not floating point, or `labels` not integer.
 
-    Use it under jit with the state donated, or every step copies V. Rounding adds up in the state:
-    relative 1e-5 or so over a thousand steps in float32 (see `factored_output_init`).
+    Use it for a loss of one's own, where `factored_output_loss` takes the step itself; under jit
+    with the state donated, or every step copies V. Rounding adds up in the state: relative 1e-5 or
+    so over a thousand steps in float32 (see `factored_output_init`).
+
+    Cost: O(n d² + n² d + n³) for n < d examples, O(n d² + d³) for more, and nothing with D; with a
+    correction O(d³), and a pass over V for every 8 singular values.
 
     Example:
       >>> weights = jnp.array([[1.0, 2.0], [0.0, 1.0], [1.0, 0.0]])
@@ -344,6 +352,9 @@ def factored_output_loss(
     descent wants its own learning rate, for the Z-loss one that grows with D. Over fewer classes
     train W by any optimizer, with `spherical_z_loss` or cross-entropy.
 
+    Cost: that of `factored_output_update`, O(n d² + n² d + n³) a step for n < d examples; memory
+    for W, and none for its gradient or the outputs.
+
     Example:
       >>> state = factored_output_init(num_classes=50000, features=4, key=jax.random.key(0))
       >>> step = jax.jit(partial(factored_output_loss, learning_rate=100.0))
@@ -413,7 +424,9 @@ def factored_output_log_probabilities(
       ValueError: shapes that do not match, or an `epsilon` that is not above 0.
       TypeError: `hidden` not floating point.
 
-    Use it to evaluate and to sample: it forms all the outputs, in O(D d) for an example.
+    Use it to evaluate and to sample; `factored_output_loss` trains without forming the outputs.
+
+    Cost: O(D d) time and D outputs for each example, as of any output layer.
 
     Example:
       >>> state = factored_output_init(jnp.array([[1.0, 2.0], [0.0, 1.0], [1.0, 0.0]]))

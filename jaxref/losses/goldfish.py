@@ -59,6 +59,9 @@ def goldfish_mask(
     which forms no logits. Dropped tokens are still read. To train on as many targets as before,
     take k / (k - 1) times the steps.
 
+    Cost: `context_width` passes over the tokens for "hash", one for the others; nothing of the
+    vocabulary's size.
+
     Example:
       >>> tokens = jnp.arange(8)
       >>> print(goldfish_mask(tokens, k=4, strategy="static", start=1).astype(int))
@@ -136,6 +139,9 @@ def goldfish_loss(
 
     Use it where a text comes again and again, or must not be recited; with few repetitions and a
     large text `softmax_cross_entropy` learns a little faster.
+
+    Cost: that of a softmax over the vocabulary for every token, the dropped ones included, and
+    `goldfish_mask`.
 
     Example:
       >>> losses, kept = goldfish_loss(jnp.zeros((4, 8)), jnp.arange(4), k=2, strategy="static")

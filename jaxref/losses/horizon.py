@@ -54,6 +54,8 @@ def signal_decay_loss(
     Use it to train forecasts of many steps at a time, whatever the model, and report plain errors
     of the same forecasts.
 
+    Cost: one pass over the predictions.
+
     Example:
       >>> losses = signal_decay_loss(jnp.zeros((4, 1)), jnp.ones((4, 1)))
       >>> print(losses.ravel().round(3))
@@ -96,6 +98,8 @@ def symmetric_absolute_percentage_error(
     Use it to train on series of several scales at once, of one sign: it is flat at 2, without
     gradient, where prediction and target have different signs or the target is 0.
     `jaxref.metrics.symmetric_mean_absolute_percentage_error` is its mean, to report.
+
+    Cost: one pass over the predictions.
 
     Example:
       >>> print(symmetric_absolute_percentage_error(jnp.array([3.0, 0.0]), jnp.array([1.0, 0.0])))

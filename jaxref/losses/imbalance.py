@@ -44,7 +44,10 @@ def focal_loss(
       ValueError: a negative `gamma`, or shapes that do not match.
       TypeError: logits that are not floating point, or labels of a type that is neither.
 
-    Use it for one label among several classes; `sigmoid_focal_loss` is for independent decisions.
+    Use it for one label among several classes where easy examples are the most by far;
+    `sigmoid_focal_loss` is for independent decisions.
+
+    Cost: that of cross-entropy, a softmax, and one power for each label.
 
     Example:
       >>> losses = focal_loss(jnp.array([[2.0, 0.0], [2.0, 0.0]]), jnp.array([0, 1]), gamma=2.0)
@@ -99,6 +102,8 @@ def sigmoid_focal_loss(
 
     Use it for fake or genuine, object or background, where most decisions are easy; `focal_loss` is
     the form over one softmax.
+
+    Cost: one pass over the logits, with a power for each.
 
     Example:
       >>> losses = sigmoid_focal_loss(jnp.array([2.0, 2.0]), jnp.array([1, 0]))
@@ -159,6 +164,8 @@ def self_adjusting_dice_loss(
 
     Use it in place of cross-entropy where positives are rare and F1 is what counts;
     `self_adjusting_dice_loss_with_logits` is the form for several classes.
+
+    Cost: one pass over the probabilities, and three sums for each set.
 
     Example:
       >>> p, y = jnp.array([0.9, 0.1]), jnp.array([1, 0])
@@ -228,6 +235,9 @@ def self_adjusting_dice_loss_with_logits(
     Use it for tagging and other tasks whose classes differ much in size; for binary decisions pass
     `jax.nn.sigmoid(logits)` to `self_adjusting_dice_loss`.
 
+    Cost: a softmax over the classes and three sums of `classes` numbers over the set; targets as
+    large as the logits.
+
     Example:
       >>> logits = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
       >>> print(self_adjusting_dice_loss_with_logits(logits, jnp.array([0, 1, 0])).round(3))
@@ -287,6 +297,8 @@ def hard_negative_mask(
 
     Use it with `self_adjusting_dice_loss` where easy negatives are so many that even their small
     weights add up.
+
+    Cost: one sort of the n scores of all shards, O(n log n).
 
     Example:
       >>> scores, targets = jnp.array([0.1, 0.9, 0.7, 0.4]), jnp.array([0, 1, 0, 0])

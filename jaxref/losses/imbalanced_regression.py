@@ -47,8 +47,11 @@ def label_density(
       ValueError: labels of another shape, or a `bandwidth` that is not positive.
       TypeError: labels that are not floating point.
 
-    Use it once for the whole training set; it compares every query with every label. Its result
-    goes to `involution_importance` or one of the other weights.
+    Use it once for the whole training set; its result goes to `involution_importance` or one of the
+    other weights.
+
+    Cost: an exponential for each query and each label, O(n²) time by default, 256 queries at a
+    time: memory for 256 n numbers.
 
     Example:
       >>> print(label_density(jnp.array([0.0, 0.0, 0.0, 2.0]), bandwidth=0.5).round(3))
@@ -99,6 +102,8 @@ def decreasing_involution(x: ArrayLike, *, alpha: float = 2.0) -> Array:
     Use it to turn any relative frequency into an importance; `involution_importance` does so with
     densities.
 
+    Cost: one pass over the values.
+
     Example:
       >>> print(decreasing_involution(jnp.array([0.0, 0.6, 1.0])).round(4))
       [1.  0.8 0. ]
@@ -147,6 +152,8 @@ def involution_importance(
     Use it before training, for `cisir_loss`; the other weights of this file are what it is compared
     with in the paper.
 
+    Cost: a few passes over the densities, once before training.
+
     Example:
       >>> involution_importance(jnp.array([0.6, 0.8, 0.0]), epsilon=0.2).tolist()
       [1.0, 0.75, 1.25]
@@ -181,6 +188,8 @@ def reciprocal_importance(
     Use it as the usual baseline; a few rarest targets take most of the weight, which
     `involution_importance` bounds.
 
+    Cost: a few passes over the densities, once before training.
+
     Example:
       >>> print(reciprocal_importance(jnp.array([1.0, 0.25]), epsilon=0.0).round(3))
       [0.4 1.6]
@@ -211,7 +220,10 @@ def linear_importance(density: ArrayLike) -> Array:
       ValueError: a negative density.
       TypeError: a density that is not floating point.
 
-    Use it as a baseline; `involution_importance` at α = 1 is the same but for its ε.
+    Use it as a baseline without a parameter; `involution_importance` at α = 1 is the same but for
+    its ε.
+
+    Cost: a few passes over the densities, once before training.
 
     Example:
       >>> linear_importance(jnp.array([0.5, 0.5, 0.2, 0.1])).tolist()
@@ -241,7 +253,10 @@ def cosine_importance(density: ArrayLike, *, alpha: float = 1.0, epsilon: float 
       ValueError: a negative density, `alpha` or `epsilon`.
       TypeError: a density that is not floating point.
 
-    Use it as a baseline; its shape is fixed up to a power, that of `involution_importance` is not.
+    Use it as a baseline that has rare targets weigh nearly alike; its shape is fixed up to a power,
+    that of `involution_importance` is not.
+
+    Cost: a few passes over the densities, once before training.
 
     Example:
       >>> cosine_importance(jnp.array([0.9, 0.1]), epsilon=0.4).tolist()
@@ -277,6 +292,8 @@ def dense_loss_importance(density: ArrayLike, *, alpha: float = 1.0, least: floa
 
     Use it as a baseline whose weights are bounded, too; it is linear where
     `involution_importance` bends.
+
+    Cost: a few passes over the densities, once before training.
 
     Example:
       >>> dense_loss_importance(jnp.array([0.5, 0.3, 0.1]), alpha=0.5).tolist()
@@ -327,6 +344,8 @@ def correlation_loss(
 
     Use it beside an error, as `cisir_loss` does: alone it leaves scale and offset of the
     predictions open.
+
+    Cost: three passes over the set; between shards a few scalars.
 
     Example:
       >>> loss = correlation_loss(jnp.array([1.0, 2.0, 4.0]), jnp.array([1.0, 3.0, 2.0]))
@@ -401,6 +420,8 @@ def cisir_loss(
 
     Use it for targets whose rare values matter most, on batches of
     `jaxref.data.stratified_batches`; `squared_error` serves frequent targets.
+
+    Cost: four passes over the set; between shards a few scalars.
 
     Example:
       >>> predictions, targets = jnp.array([1.0, 2.0, 4.0]), jnp.array([1.0, 3.0, 2.0])

@@ -50,6 +50,8 @@ def z_loss(
     Use it with cross-entropy over a large vocabulary, above all in low precision;
     `jaxref.kernels.linear_softmax_cross_entropy` has it built in (`z_loss=1e-4`).
 
+    Cost: one log-sum-exp over the classes, which cross-entropy takes, too.
+
     Example:
       >>> losses = z_loss(jnp.array([[2.0, 1.0], [-30.0, -30.0]]))
       >>> print(losses.round(4))
@@ -100,8 +102,11 @@ def load_balance_loss(
       ValueError: shapes that do not match, or a `where` that does not broadcast.
       TypeError: probabilities not floating point, or an assignment not integer.
 
-    Add it to the loss with a weight of about 0.01 for each mixture of experts; one that is stacked
-    or used in several layers, with the mean over those. `jaxref.nn.MixtureOfExperts` does.
+    Use it in training a mixture of experts that leaves some idle, with a weight of about 0.01 for
+    each mixture; of one that is stacked or used in several layers, the mean over those.
+    `jaxref.nn.MixtureOfExperts` does.
+
+    Cost: one pass over the probabilities, and tokens · K · E comparisons for the shares.
 
     Example:
       >>> probabilities = jnp.array([[0.75, 0.25], [0.5, 0.5]])

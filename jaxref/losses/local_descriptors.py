@@ -46,6 +46,9 @@ def match_local_descriptors(
 
     Use it to find the pairs of `attentive_local_triplet_loss`, or to show what a model recognises.
 
+    Cost: the distances of all places · places' pairs, in time and memory, and a top-k over the
+    attention.
+
     Example:
       >>> descriptors = jnp.array([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
       >>> places, matched = match_local_descriptors(descriptors, descriptors[::-1])
@@ -109,6 +112,9 @@ def attentive_local_triplet_loss(
     Use it to train the features beneath a global descriptor once that separates whole images
     (`madacos_loss`), with negatives that it still takes for the query: places of the same thing
     then agree, and nothing local has to be stored for retrieval.
+
+    Cost: the distances of all pairs of places' with `places` and with the places'' of each negative
+    image, all of these in memory at once.
 
     Example:
       >>> query = jnp.array([[1.0, 0.0], [0.0, 2.0]])

@@ -48,8 +48,11 @@ def macro_auc_pairwise_loss(
         an unknown `base` or a bad `chunk_size`.
       TypeError: scores that are not floating point.
 
-    Use it with imbalanced labels where O(n⁺ n⁻) is affordable; `macro_auc_reweighted_loss` comes
+    Use it with imbalanced labels where all pairs are affordable; `macro_auc_reweighted_loss` comes
     with as good a guarantee in O(n).
+
+    Cost: O(n² K) time and memory, as masks choose the pairs; with `chunk_size` c, O(c n K) memory,
+    and time for the positives of the most frequent label alone.
 
     Example:
       >>> scores, targets = jnp.array([[2.0], [0.0], [1.0]]), jnp.array([[1], [0], [0]])
@@ -98,8 +101,10 @@ def macro_auc_univariate_loss(
         or an unknown `base`.
       TypeError: scores that are not floating point.
 
-    It is the baseline: for macro-AUC with rare labels its guarantee is the worst of the three, and
-    `macro_auc_reweighted_loss` costs the same.
+    Use it as the baseline, or for classification itself: for macro-AUC with rare labels its
+    guarantee is the worst of the three, where `macro_auc_reweighted_loss` has a better one.
+
+    Cost: one pass over the n K scores, as `macro_auc_reweighted_loss`.
 
     Example:
       >>> scores, targets = jnp.array([[2.0], [0.0], [1.0]]), jnp.array([[1], [0], [0]])
@@ -154,6 +159,8 @@ def macro_auc_reweighted_loss(
 
     Use it for macro-AUC with imbalanced labels and many examples; `macro_auc_pairwise_loss` is
     closer to the metric, and leaves the bias of each label free.
+
+    Cost: one pass over the n K scores; between shards four numbers for each label.
 
     Example:
       >>> scores, targets = jnp.array([[2.0], [0.0], [1.0]]), jnp.array([[1], [0], [0]])

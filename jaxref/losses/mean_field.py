@@ -61,6 +61,9 @@ def mean_field_contrastive_loss(
     Use it, with `mean_field_regularizer`, where the pairs of a batch are too few for the number of
     classes. Unlike proxies in a softmax, a field beyond its margin leaves the example alone.
 
+    Cost: one product of embeddings and fields; time O(n·C·d), memory O(n·C) for n examples, C
+    classes of d features.
+
     Example:
       >>> fields = jnp.array([[2.0, 0.0], [0.0, 1.0]])
       >>> print(mean_field_contrastive_loss(jnp.array([3.0, 4.0]), jnp.array(1), fields).round(3))
@@ -131,7 +134,8 @@ def mean_field_classwise_multi_similarity_loss(
 
     Use it as `mean_field_contrastive_loss`, from which it differs in that every class of a batch
     counts alike, however many examples it has, and of a class the hardest examples count most.
-    Memory is batch times classes, never classes squared.
+
+    Cost: memory O(n·C + n²) for n examples and C classes, never C²; time that of the n·C cosines.
 
     Example:
       >>> fields = jnp.array([[2.0, 0.0], [0.0, 1.0]])
@@ -208,8 +212,10 @@ def classwise_multi_similarity_loss(
       ValueError: shapes that do not match, or a number out of its range.
       TypeError: embeddings that are not floating point, or labels that are not integer.
 
-    The loss of pairs that `mean_field_classwise_multi_similarity_loss` approximates, for
-    comparison: it costs the square of the batch, and sees no class that the batch has not.
+    Use it to compare with `mean_field_classwise_multi_similarity_loss`, which approximates it: this
+    one sees no class that the batch has not, and needs no fields to train.
+
+    Cost: the cosines of all pairs; time O(n²·d), memory O(n²) for n examples of d features.
 
     Example:
       >>> embeddings = jnp.array([[3.0, 4.0], [1.0, 0.0]])
@@ -276,8 +282,12 @@ def mean_field_regularizer(
       ValueError: fields that are no matrix, an unknown `kind`, or a number out of its range.
       TypeError: fields that are not floating point.
 
-    Add it to the loss of a batch: the mean field theory has this term in place of the pairs of
-    examples that the fields replace.
+    Use it in a sum with `mean_field_contrastive_loss` or
+    `mean_field_classwise_multi_similarity_loss`: the mean field theory has this term in place of
+    the pairs of examples that the fields replace.
+
+    Cost: the cosines of all pairs of classes; time O(C²·d), memory O(C²) for C classes of d
+    features, whatever the batch.
 
     Example:
       >>> print(mean_field_regularizer(jnp.array([[1.0, 0.0], [0.8, 0.6]]), weight=1.0).round(4))

@@ -34,6 +34,8 @@ def feature_center(
 
     Use it once, and keep c while `mean_shifted_contrastive_loss` trains.
 
+    Cost: one pass over the features of the training set.
+
     Example:
       >>> print(feature_center(jnp.array([[2.0, 0.0], [0.0, 3.0]]), normalize=False))
       [0.5 0.5]
@@ -86,6 +88,8 @@ def mean_shifted_contrastive_loss(
     Use it to fine-tune a pre-trained network on normal data alone, with a small step size, and
     score by `jaxref.metrics.knn_anomaly_score`; `nt_xent_loss` is for training from nothing.
 
+    Cost: that of `nt_xent_loss`: similarities of all pairs of 2N views, O(N²) time and memory.
+
     Example:
       >>> center = feature_center(jnp.array([[1.0, 0.0], [0.0, 1.0]]))
       >>> view = jnp.array([[1.0, 0.0], [0.0, 1.0]])
@@ -121,6 +125,8 @@ def angular_center_loss(features: ArrayLike, center: ArrayLike) -> Array:
 
     Use it in a sum with `mean_shifted_contrastive_loss`, the means of both with equal weight. The
     authors' code adds the squared distance of both views, four times the slope of their mean here.
+
+    Cost: one pass over the features.
 
     Example:
       >>> print(angular_center_loss(jnp.array([[3.0, 4.0], [0.0, 2.0]]), jnp.array([0.0, 1.0])))

@@ -63,9 +63,11 @@ def threshold_consistent_margin_loss(
       ValueError: shapes that do not match, or a margin or weight out of its range.
       TypeError: embeddings that are not floating point, or labels that are not integer.
 
-    Add it to a loss that orders distances, where one threshold is to serve all classes: those
-    losses ask only that classes are apart, each on its own scale. What it changes is seen in
+    Use it in a sum with a loss that orders distances, where one threshold is to serve all classes:
+    those losses ask only that classes are apart, each on its own scale. What it changes is seen in
     `jaxref.metrics.operating_point_inconsistency_score`.
+
+    Cost: the cosines of all pairs of the batch, O(batch²) time and memory.
 
     Example:
       >>> embeddings = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
@@ -142,8 +144,10 @@ def contrastive_regression_triplet_loss(
 
     Use it to train an encoder by ratings, before a linear layer on the frozen encoder is fitted to
     their values: features are then ordered by the rating, whatever the domain of the input, which
-    a loss on the predicted value alone does not bring about. It costs batch³ comparisons, some at a
-    time where they are many, and its gradient costs no more.
+    a loss on the predicted value alone does not bring about.
+
+    Cost: batch³ comparisons, some at a time where they are many; the gradient needs only batch²
+    memory.
 
     Example:
       >>> targets = jnp.array([1.0, 2.0, 4.0])

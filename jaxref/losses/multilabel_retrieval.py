@@ -53,6 +53,8 @@ def decoupled_softmax_loss(
     `contrastive_retrieval_loss`, the mean over P of a softmax over all labels, is the same where
     every query has one. `soft_top_k_loss` aims at the first k ranks.
 
+    Cost: that of a softmax over the labels; two numbers a query between shards.
+
     Example:
       >>> scores, relevant = jnp.array([[4.0, 1.0, 0.0]]), jnp.array([[1, 1, 0]])
       >>> print(decoupled_softmax_loss(scores, relevant).round(4))
@@ -98,6 +100,8 @@ def sampled_positives(
 
     Use it where a query's labels are too many to be encoded in every step, and for
     `soft_top_k_loss` wherever they may be more than k, which cannot all be among the first k.
+
+    Cost: a random number for each label and a selection of the `number` largest of each query.
 
     Example:
       >>> print(sampled_positives(jnp.array([[1, 0, 0], [1, 1, 1]]), key=jax.random.key(0)).sum(1))

@@ -45,8 +45,11 @@ def info_nce_bound(
       ValueError: scores that are not square.
       TypeError: scores that are not floating point.
 
-    Its negative is a loss, contrastive predictive coding (CPC). With critics that are 1-Lipschitz
-    it bounds the Wasserstein dependency, too: `wasserstein_predictive_coding_loss`.
+    Use it where views share less than log K nats, or with its negative as a loss, contrastive
+    predictive coding (CPC). With critics that are 1-Lipschitz it bounds the Wasserstein dependency,
+    too: `wasserstein_predictive_coding_loss`.
+
+    Cost: that of a softmax over each row; the K² scores take K² evaluations of the critic.
 
     Example:
       >>> print(jax.jit(info_nce_bound)(100 * jnp.eye(4)).round(4))  # log 4
@@ -97,6 +100,8 @@ def wasserstein_dependency_bound(
     with a softmax, `jaxref.analysis.exact_wasserstein_dependency` the value itself for small
     discrete distributions.
 
+    Cost: one pass over the scores.
+
     Example:
       >>> print(wasserstein_dependency_bound(jnp.array([2.0, 1.0]), jnp.array([0.5, -0.5, 0.0])))
       1.5
@@ -134,6 +139,8 @@ def bilinear_critic(x: ArrayLike, y: ArrayLike, weight: ArrayLike) -> Array:
     Use it as a critic, `lambda x, y: bilinear_critic(encode(x), encode(y), w)`. With W of spectral
     norm 1, as `jaxref.norms.spectral_normalization` makes it, and representations of length 1 it is
     Lipschitz with constant √2.
+
+    Cost: n·m multiplications for each x, m for each pair with a y; n·m parameters.
 
     Example:
       >>> print(bilinear_critic(jnp.array([1.0, 2.0]), jnp.array([3.0]), jnp.ones((2, 1))))
@@ -189,9 +196,12 @@ def pairwise_gradient_penalty(
         one number for a pair.
       TypeError: pairs that are not floating point.
 
-    Add its mean, times 10 or so, to a loss of the critic; encoders inside of the critic are
-    penalised, too, which makes distances of raw inputs the metric. For matrices alone
+    Use it with a weight of 10 or so, its mean added to a loss of the critic; encoders inside of the
+    critic are penalised, too, which makes distances of raw inputs the metric. For matrices alone
     `jaxref.norms.spectral_normalization` is cheaper.
+
+    Cost: a forward and a backward pass of the critic for each pair, and in training the gradient of
+    both.
 
     Example:
       >>> x = jnp.array([[1.0], [2.0]])
@@ -277,6 +287,9 @@ def wasserstein_predictive_coding_loss(
 
     Use it in place of CPC where views share much information, such as many objects or long
     histories. Minimise it over critic and encoders.
+
+    Cost: the critic on batch² pairs, encoders once an example; then `pairwise_gradient_penalty`, a
+    gradient of a gradient.
 
     Example:
       >>> critic = lambda x, y: bilinear_critic(x, y, jnp.eye(2) / jnp.sqrt(2.0))

@@ -34,6 +34,9 @@ def normalized_softmax_logits(
     Lengths and a bias have no part in it, so that a class vector can be set without training
     (`jaxref.adaptation.imprint_class`).
 
+    Cost: one product with the class vectors, d·C multiplications an example for C classes of d
+    features.
+
     Example:
       >>> weights = jnp.array([[2.0, 0.0], [0.0, 1.0]])
       >>> print(normalized_softmax_logits(jnp.array([0.0, 4.0]), weights))
@@ -78,8 +81,11 @@ def normalized_softmax_loss(
       ValueError: shapes that do not match, no class, or a `scale` that is not positive.
       TypeError: embeddings or weights that are not floating point, or labels that are neither.
 
-    The plainest loss of the sphere: it needs no pairs, and classes of which it has seen nothing can
-    be added later. `cosface_loss` and `arcface_loss` also ask for a margin.
+    Use it as the plainest loss of the sphere: it needs no pairs, and classes of which it has seen
+    nothing can be added later. `cosface_loss` and `arcface_loss` also ask for a margin.
+
+    Cost: one product with the class vectors and a softmax; memory of n·C logits for n examples, C
+    classes.
 
     Example:
       >>> weights = jnp.array([[2.0, 0.0], [0.0, 1.0]])
@@ -116,6 +122,8 @@ def minimum_scale(num_classes: int, probability: ArrayLike) -> Array:
 
     Use it to choose the scale of `normalized_softmax_loss`: the loss of a perfect embedding is
     -log p. Fewer than C - 1 features cannot hold the simplex, and need more.
+
+    Cost: a closed formula.
 
     Example:
       >>> print(minimum_scale(1000, 0.99).round(2))

@@ -40,6 +40,8 @@ def number_token_values(vocabulary: Sequence[str] | Mapping[str, int]) -> np.nda
     Use it once, for `number_token_loss`. Where a vocabulary has digits and whole numbers, keep one
     kind: `np.where(np.abs(values) < 10, values, np.nan)`, say, as 2024 would outweigh all digits.
 
+    Cost: one pass over the vocabulary, on the host.
+
     Example:
       >>> print(number_token_values(["a", "0", "1", "-2.5", "1e3"]))
       [ nan  0.   1.  -2.5  nan]
@@ -106,6 +108,9 @@ def number_token_loss(
 
     Use it added to cross-entropy, as `number_token_cross_entropy` does, which alone does not know
     that 9 is farther from 4 than 3 is. `ordinal_wasserstein_loss` is for series.
+
+    Cost: that of a softmax over the tokens that are numbers alone; on the host a sort of their
+    values, once under jit.
 
     Example:
       >>> values = number_token_values(["a", "0", "4", "8"])
@@ -180,7 +185,10 @@ def number_token_cross_entropy(
       TypeError: as `number_token_loss`.
 
     Use it to train a language model on text with numbers that have to be about right: of regression
-    written out, or of sums. The second part costs little, as it reads the numbers' logits alone.
+    written out, or of sums; `softmax_cross_entropy` is enough where numbers are but names.
+
+    Cost: that of `softmax_cross_entropy` over all tokens; the second part reads the numbers' logits
+    alone.
 
     Example:
       >>> values = number_token_values(["a", "0", "4", "8"])

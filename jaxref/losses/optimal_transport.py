@@ -8,7 +8,8 @@ Potentials are kept in the log domain. Gradients are those of the optimum by the
 no iteration is differentiated, but for one last step, and second derivatives are not to be trusted.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -80,6 +81,9 @@ def entropic_optimal_transport(
     and least for one that is shrunk; `sinkhorn_divergence` takes that away. For other costs, or
     clouds too large for their matrix of costs, take ott-jax.
 
+    Cost: O(iterations·(n + m)²) time, O((n + m)²) memory: of costs between and within clouds.
+    Gradients go through the last iteration only.
+
     Example:
       >>> x, y = jnp.array([[0.0], [1.0]]), jnp.array([[1.0], [2.0]])
       >>> transport = jax.jit(lambda x, y: entropic_optimal_transport(x, y, epsilon=0.01))
@@ -91,8 +95,11 @@ def entropic_optimal_transport(
     Transport", 2013, arXiv:1306.0895.
     """
     check_interval(0, jnp.inf, closed="right", epsilon=epsilon)
-    costs, potentials = _between_clouds(x, y, weights_x, weights_y, epsilon, iterations, axis_name)
-    found = costs[0, 1], potentials[0][1], potentials[1][0]
+    pairs = ((0, 1), (1, 0))
+    costs, potentials = _between_clouds(
+        x, y, weights_x, weights_y, epsilon, iterations, axis_name, pairs
+    )
+    found = costs[0, 1], potentials[0, 1], potentials[1, 0]
     return EntropicTransport(*(value.astype(jnp.result_type(x)) for value in found))
 
 
@@ -138,6 +145,9 @@ def sinkhorn_divergence(
     Use it to pull two samples together, point by point: its gradient keeps its size however far
     apart they are. `stack_alignment_loss` takes several samples and layers at once.
 
+    Cost: O(iterations·(n + m)²) time, O((n + m)²) memory, for all three transports. Gradients go
+    through the last iteration only.
+
     Example:
       >>> x = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
       >>> print(jax.jit(sinkhorn_divergence)(x, x + jnp.array([3.0, 4.0])).round(3))
@@ -149,8 +159,10 @@ def sinkhorn_divergence(
     arXiv:1810.08278.
     """
     check_interval(0, jnp.inf, closed="right", blur=blur)
-    costs, _ = _between_clouds(x, y, weights_x, weights_y, blur**2, iterations, axis_name)
-    return _divergences(costs)[0, 1].astype(jnp.result_type(x))
+    pairs = ((0, 0), (0, 1), (1, 0), (1, 1))
+    costs, _ = _between_clouds(x, y, weights_x, weights_y, blur**2, iterations, axis_name, pairs)
+    divergence = costs[0, 1] - costs[0, 0] / 2 - costs[1, 1] / 2
+    return divergence.astype(jnp.result_type(x))
 
 
 def stack_alignment_loss(
@@ -188,10 +200,13 @@ def stack_alignment_loss(
         `num_domains`, or a `blur` or `iterations` out of range.
       TypeError: features that are not floating point, or ids not integers.
 
-    Add λ times it to the loss of a forecast, or of any model with layers whose features are to be
-    the same in each domain; λ from 0.3 to 1. `jaxref.models.NBEATS.forecast_with_features` gives
-    the features. The authors let it train the layers before the features alone. The time goes with
-    the square of the number of features' vectors and of domains.
+    Use it times λ, from 0.3 to 1, beside the loss of a forecast, or of any model with layers whose
+    features are to be the same in each domain. `jaxref.models.NBEATS.forecast_with_features` gives
+    the features. The authors let it train the layers before the features alone;
+    `sinkhorn_divergence` takes two samples of one layer.
+
+    Cost: O(iterations·domains²·n²) time for each stack of n vectors of features; the memory of
+    their n² costs, for all stacks at once.
 
     Example:
       >>> features = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
@@ -242,8 +257,12 @@ def stack_alignment_loss(
     bounds = jnp.stack([_cost_bound(all_x) for all_x in every])
 
     def divergences(costs: Array, bound: Array) -> Array:
-        matrices = [[costs] * num_domains] * num_domains  # each domain is all, weighted by its own
-        return _divergences(_transport(matrices, bound, weights, blur**2, iterations, axis_name)[0])
+        pairs = itertools.product(range(num_domains), range(num_domains))
+        matrices = dict.fromkeys(pairs, costs)  # each domain is all, weighted by its own
+        found, _ = _transport(matrices, bound, weights, blur**2, iterations, axis_name)
+        total = jnp.stack(list(found.values())).reshape(num_domains, num_domains)
+        alone = jnp.diagonal(total) / 2
+        return total - alone[:, None] - alone
 
     between = jax.vmap(divergences)(costs, bounds)
     is_pair = (counts[:, None] > 0) & (counts > 0) & np.triu(np.ones((num_domains,) * 2, bool), 1)
@@ -252,7 +271,7 @@ def stack_alignment_loss(
     return jnp.where(strangers > 0, jnp.nan, loss).astype(result)
 
 
-_Potentials = list[list[Array]]
+_ByPair = dict[tuple[int, int], Array]
 
 _MOMENTUM = 0.8
 """With it 100 steps come closer to the optimum than 100 of both potentials in turn, by far."""
@@ -268,8 +287,9 @@ def _between_clouds(
     epsilon: float,
     iterations: int,
     axis_name: AxisName | None,
-) -> tuple[Array, _Potentials]:
-    """`_transport` between two clouds, set 0 and set 1, after the checks of both."""
+    pairs: Iterable[tuple[int, int]],
+) -> tuple[_ByPair, _ByPair]:
+    """`_transport` of pairs of two clouds, set 0 and set 1, after the checks of both."""
     check_floating(x=x, y=y)
     check_interval(1, jnp.inf, iterations=iterations)
     if jnp.ndim(x) != 2 or jnp.ndim(y) != 2:
@@ -295,7 +315,7 @@ def _between_clouds(
         check_interval(0, jnp.inf, closed="right", **{f"the sum of {name}": total})
         weights.append(share / total)
     every = [all_shards(cloud, axis_name) for cloud in clouds]
-    costs = [[_costs(a, b) for b in every] for a in clouds]
+    costs = {(i, j): _costs(clouds[i], every[j]) for i, j in pairs}
     bound = _cost_bound(jnp.concatenate(every))
     return _transport(costs, bound, weights, epsilon, iterations, axis_name)
 
@@ -314,48 +334,45 @@ def _cost_bound(points: Array) -> Array:
 
 
 def _transport(
-    costs: Sequence[Sequence[Array]],
+    costs: _ByPair,
     bound: Array,
     weights: Sequence[Array],
     epsilon: float,
     iterations: int,
     axis_name: AxisName | None,
-) -> tuple[Array, _Potentials]:
-    """OT_ε between every two sets, `[sets, sets]`, and the potentials of this shard's points of
-    each set against each set, without gradient.
+) -> tuple[_ByPair, _ByPair]:
+    """OT_ε between the two sets of each pair, and the potentials of this shard's points of the
+    first against the second, without gradient.
 
-    `costs[i][j]` are those between this shard's points of set i and all points of set j, `weights`
-    those of this shard's points. Both potentials of a pair move at a time, half of the way, so that
-    nothing depends on the order of the sets; momentum makes up for the half steps, and more.
+    `costs[i, j]` are those between this shard's points of set i and all points of set j; with a
+    pair there is its reverse. `weights` are those of this shard's points. Both potentials of a pair
+    move at a time, half of the way, so that nothing depends on the order of the sets; momentum
+    makes up for the half steps, and more.
     """
-    sets = range(len(weights))
     masses = [all_shards(weight, axis_name) for weight in weights]
 
     def transform(
-        potentials: _Potentials,
-        costs: Any,
+        potentials: _ByPair,
+        costs: _ByPair,
         masses: Sequence[Array],
         epsilon: Array | float,
         *,
         last: bool = False,
-    ) -> _Potentials:
-        """-ε log Σ_y b_y exp((g_y - C_xy) / ε) for each point x and each set of points y."""
+    ) -> _ByPair:
+        """-ε log Σ_y b_y exp((g_y - C_xy) / ε) for each point x of the first set of a pair."""
         every = jax.tree.map(lambda own: all_shards(own, axis_name), potentials)
-        return [
-            [
-                -epsilon * _log_mean_exp((every[j][i] - costs[i][j]) / epsilon, masses[j], last)
-                for j in sets
-            ]
-            for i in sets
-        ]
+        return {
+            (i, j): -epsilon * _log_mean_exp((every[j, i] - cost) / epsilon, masses[j], last)
+            for (i, j), cost in costs.items()
+        }
 
-    fixed, still = jax.lax.stop_gradient((list(map(list, costs)), masses))
+    fixed, still = jax.lax.stop_gradient((costs, masses))
     left = np.maximum(0, 1 - 2 * np.arange(iterations) / iterations)
     epsilons = epsilon * jnp.maximum(bound / epsilon, 1) ** left.astype(bound.dtype)
 
     def step(
-        state: tuple[_Potentials, _Potentials], epsilon: Array
-    ) -> tuple[tuple[_Potentials, _Potentials], None]:
+        state: tuple[_ByPair, _ByPair], epsilon: Array
+    ) -> tuple[tuple[_ByPair, _ByPair], None]:
         potentials, before = state
         ahead = jax.tree.map(lambda p, b: p + _MOMENTUM * (p - b), potentials, before)
         moved = transform(ahead, fixed, still, epsilon)
@@ -365,11 +382,9 @@ def _transport(
     start = jax.tree.map(lambda matrix: 0 * matrix[:, 0], fixed)
     potentials = jax.lax.stop_gradient(jax.lax.scan(step, (start, start), epsilons)[0][0])
     moved = transform(potentials, costs, masses, epsilon, last=True)
-    means = jnp.array(
-        [[jnp.sum(weights[i] * (potentials[i][j] + moved[i][j])) for j in sets] for i in sets]
-    )
+    means = {pair: jnp.sum(weights[pair[0]] * (potentials[pair] + moved[pair])) for pair in costs}
     means = sum_over_shards(means, axis_name)
-    return (means + means.T) / 2, potentials
+    return {(i, j): (means[i, j] + means[j, i]) / 2 for i, j in costs}, potentials
 
 
 def _log_mean_exp(scores: Array, weights: Array, exactly: bool) -> Array:
@@ -389,9 +404,3 @@ def _log_mean_exp(scores: Array, weights: Array, exactly: bool) -> Array:
     lack = jnp.sum(weights * jnp.expm1(below), axis=-1)
     is_small = exists & (lack > -0.5)
     return jnp.where(is_small, highest + jnp.log1p(jnp.where(is_small, lack, 0.0)), result)
-
-
-def _divergences(costs: Array) -> Array:
-    """S between every two sets, of OT_ε between them."""
-    alone = jnp.diagonal(costs) / 2
-    return costs - alone[:, None] - alone

@@ -49,6 +49,8 @@ def pairwise_surrogate(kind: str, difference: ArrayLike, *, margin: float = 1.0)
     over pairs. "squared" punishes pairs that are far apart in the right order, too; the others
     decrease in d.
 
+    Cost: one pass over the differences.
+
     Example:
       >>> print(pairwise_surrogate("squared_hinge", jnp.array([-1.0, 0.5, 2.0])))
       [4.   0.25 0.  ]

@@ -52,6 +52,11 @@ def two_way_partial_auc_init(num_examples: int) -> PartialAUCState:
     Raises:
       ValueError: `num_examples` below 1.
 
+    Use it once before training, by either name, with the size of the whole training set; losses
+    over the pairs of one batch, such as `mann_whitney_loss`, need no state.
+
+    Cost: N + 1 float32 numbers, kept between steps.
+
     Example:
       >>> two_way_partial_auc_init(2).log_u
       Array([-inf, -inf], dtype=float32)
@@ -125,6 +130,8 @@ def two_way_partial_auc_loss(
     Use it where the detector will work at a low false positive rate and has to reach a high true
     positive rate there; draw batches with positives and negatives in equal parts.
     `one_way_partial_auc_loss` weighs the positives evenly.
+
+    Cost: all pairs of the batch, O(batch²) time and memory; a state of N + 1 numbers.
 
     Example:
       >>> state = two_way_partial_auc_init(3)
@@ -214,6 +221,8 @@ def one_way_partial_auc_loss(
 
     Use it for the area at low false positive rates, whatever the true positive rate there;
     `two_way_partial_auc_loss` also turns to the hardest positives.
+
+    Cost: all pairs of the batch, O(batch²) time and memory; a state of N numbers.
 
     Example:
       >>> state = one_way_partial_auc_init(3)

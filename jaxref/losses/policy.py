@@ -62,6 +62,8 @@ def clipped_policy_loss(
     Use it to learn from rewards by samples. GRPO adds β times `kl_estimate`; `d3s_policy_loss`
     learns from fewer tokens, and `hapo_loss` treats them by their entropy.
 
+    Cost: one pass over the tokens; log-probabilities of one model, the old ones kept from sampling.
+
     Example:
       >>> log_probs = jnp.log(jnp.array([0.5, 0.5, 0.5, 0.5]))
       >>> old, advantages = jnp.log(jnp.array([0.5, 0.25, 0.25, 0.9])), jnp.array([1.0, 1, -1, -1])
@@ -115,6 +117,8 @@ def kl_estimate(
 
     Use it with a weight β, 0.04 in GRPO, beside `clipped_policy_loss`. The mean is unbiased, the
     gradient of the mean is not quite that of the divergence: samples are taken as given.
+
+    Cost: one pass over the tokens, and a forward pass of the reference, which has to be in memory.
 
     Example:
       >>> print(kl_estimate(jnp.array([-1.0, -1.0]), jnp.array([-1.0, -2.0])).round(4))
@@ -185,6 +189,9 @@ def d3s_policy_loss(
     Use it where many rollouts are alike: the authors' models took fewer steps, and less than a
     fifth of the tokens. To save the forward pass of the others as well, choose rollouts by
     `jaxref.data.select_rollouts` before.
+
+    Cost: sorts of the rollouts and of all tokens, O(n log n), of all shards; entropies of the
+    vocabulary at every token.
 
     Example:
       >>> log_probs = jnp.full((4, 2), -1.0)

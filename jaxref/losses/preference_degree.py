@@ -66,6 +66,8 @@ def remove_key_content(
 
     Use it for a degree of one's own; `degree_dataset` makes all of them.
 
+    Cost: three sorts of each response, O(length log length).
+
     Example:
       >>> tokens, where = remove_key_content(jnp.arange(1, 6), jnp.array([0, 2, 0, 3, 1]), 0.6)
       >>> print(tokens, where.astype(int))
@@ -122,6 +124,8 @@ def degree_dataset(
     Use it on the chosen and on the rejected responses of a batch: let the model read them after
     their prompt, and classify the degree from the state of each one's last token by a linear layer,
     which is dropped after training.
+
+    Cost: `remove_key_content` for each fraction: three sorts, and as many copies of the responses.
 
     Example:
       >>> importance = jnp.array([0, 2, 0, 1])
@@ -197,6 +201,9 @@ def self_supervised_preference_loss(
 
     Use it where few pairs are marked, or these differ widely in degree. The default weights are not
     the paper's, whose own could not be seen.
+
+    Cost: a small softmax a version; the model has to read every version of each response, a forward
+    and backward pass each.
 
     Example:
       >>> logits, degrees = jnp.zeros((4, 4)), jnp.arange(4)

@@ -60,6 +60,8 @@ def implicit_token_rewards(
     Use it for rewards of tokens in reinforcement learning; `implicit_step_rewards` gathers them
     into steps.
 
+    Cost: one pass over the tokens; a forward pass of the policy, and of the reference where given.
+
     Example:
       >>> policy, reference = jnp.log(jnp.array([0.5, 0.1])), jnp.log(jnp.array([0.25, 0.2]))
       >>> print(implicit_token_rewards(policy, reference, beta=1.0).round(3))
@@ -110,6 +112,8 @@ def implicit_step_rewards(
 
     Use single steps to find where a response goes wrong, accumulated ones as values, for search.
     Tokens after the last end belong to no step.
+
+    Cost: a cumulative sum over the tokens.
 
     Example:
       >>> rewards = jnp.array([1.0, 2.0, -4.0, 1.0])
@@ -170,8 +174,11 @@ def response_score(
       ValueError: an unknown reduction, or shapes that do not match.
       TypeError: rewards that are not floating point.
 
-    Of n responses to a prompt take that of the largest score. For a vote with weights add up the
-    scores of all responses with the same answer, `jax.ops.segment_sum(scores, answers)`.
+    Use it to choose among n responses to a prompt: take that of the largest score. For a vote with
+    weights add up the scores of all responses with the same answer,
+    `jax.ops.segment_sum(scores, answers)`.
+
+    Cost: one pass over the steps.
 
     Example:
       >>> rewards = jnp.array([[0.5, -2.0, 1.0], [0.1, 0.1, 0.0]])
@@ -231,6 +238,9 @@ def implicit_reward_cross_entropy(
 
     Use it where there is one response to a prompt, or few that are right; from pairs `f_dpo_loss`
     learns more.
+
+    Cost: elementwise; each response through the policy, and, without gradient, through the
+    reference.
 
     Example:
       >>> loss = implicit_reward_cross_entropy(

@@ -40,6 +40,8 @@ def log_softmax_plus(values: ArrayLike) -> Array:
     Use it where every distribution should have one set of values; the softmax of C values leaves a
     constant free.
 
+    Cost: that of a softmax over the C classes.
+
     Example:
       >>> print(jnp.exp(log_softmax_plus(jnp.log(jnp.array([2.0, 1.0])))))
       [0.5 0.25 0.25]
@@ -68,7 +70,10 @@ def canonical_log_loss(values: ArrayLike, labels: ArrayLike) -> Array:
       ValueError: shapes that do not match.
       TypeError: values that are not floating point, or labels of a type that is neither.
 
-    The loss that `legendretron_loss` starts from; `softmax_cross_entropy` is the same for C values.
+    Use it as the fixed link that `legendretron_loss` is compared with, where a model has C - 1
+    outputs; `softmax_cross_entropy` is the same for C of them.
+
+    Cost: that of a softmax over the C classes.
 
     Example:
       >>> print(canonical_log_loss(jnp.zeros((1, 3)), jnp.array([3])).round(3))
@@ -136,6 +141,9 @@ def convex_potential_init(
 
     Use it for one block of a learned link; `legendretron_init` makes several for a number of
     classes.
+
+    Cost: D·H + K·H·(D + H/2) parameters and a few more; with `scores` a pass of the batch through
+    the layers.
 
     Example:
       >>> convex_potential_init(jax.random.key(0), 2).hidden_kernels.shape
@@ -216,8 +224,10 @@ def convex_potential(params: ConvexPotential, z: ArrayLike) -> Array:
       ValueError: another number of inputs than the parameters'.
       TypeError: `z` not floating point.
 
-    `jaxref.nn.InputConvexNetwork` is its module, and `convex_gradient_map` its gradient in z, which
-    is what a link takes of it.
+    Use it where the value of a convex function is wanted; a link takes `convex_gradient_map`, its
+    gradient in z. `jaxref.nn.InputConvexNetwork` is its module.
+
+    Cost: D·H + K·H·(D + H/2) multiplications an example, one for each parameter.
 
     Example:
       >>> params = convex_potential_init(jax.random.key(0), 2)
@@ -261,6 +271,9 @@ def convex_gradient_map(params: ConvexPotential, z: ArrayLike) -> Array:
     Use it where a map of vectors should keep their order as an increasing function keeps that of
     numbers.
 
+    Cost: a forward and a backward pass of `convex_potential`; to train it, a gradient of that
+    gradient.
+
     Example:
       >>> params = convex_potential_init(jax.random.key(0), 1)
       >>> low, high = convex_gradient_map(params, jnp.array([[0.0], [1.0]]))
@@ -303,7 +316,11 @@ def legendretron_init(
       ValueError: `num_classes` below 2, `num_blocks` below 1, or what `convex_potential_init`
         raises.
 
-    Train them with the model's parameters, by the same optimizer, with some weight decay.
+    Use it once before training, and train its result with the model's parameters, by the same
+    optimizer, with some weight decay; one block alone is `convex_potential_init`.
+
+    Cost: B times the parameters of `convex_potential_init` with D = C - 1; with `scores` a gradient
+    map of the batch a block.
 
     Example:
       >>> len(legendretron_init(jax.random.key(0), 3, num_blocks=2))
@@ -345,6 +362,8 @@ def legendretron_log_probabilities(values: ArrayLike, params: tuple[ConvexPotent
 
     Use it to predict with a model that `legendretron_loss` has trained.
 
+    Cost: B gradient maps, each a forward and a backward pass of a small network, and a softmax.
+
     Example:
       >>> params = legendretron_init(jax.random.key(0), 3)
       >>> print(jnp.exp(legendretron_log_probabilities(jnp.zeros((1, 2)), params)).sum().round(4))
@@ -385,6 +404,9 @@ def legendretron_loss(
 
     Use it for simple models of many classes, such as linear ones, whose scores no fixed link fits;
     `canonical_log_loss` has no parameters.
+
+    Cost: B gradient maps an example, which training differentiates once more, and a softmax; small
+    for few classes.
 
     Example:
       >>> params = legendretron_init(jax.random.key(0), 3)

@@ -53,6 +53,8 @@ def proto_triplet_loss(
     Use it beside the cross-entropy of a prototypical network, which is content with a small
     difference; `icnn_loss` looks at neighbours in place of prototypes.
 
+    Cost: distances of all queries to all prototypes, one matrix product.
+
     Example:
       >>> queries, prototypes = jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0], [1.25, 0.0]])
       >>> loss = proto_triplet_loss(queries, jnp.array([0]), prototypes, jnp.array([0, 1]))
@@ -127,6 +129,9 @@ def icnn_score(
     Use it to see how difficult a support set is, or, as `icnn_loss`, to train; it has a gradient
     through the distances, and none through the choice of neighbours. A rotation, shift or stretch
     of the space does not change it.
+
+    Cost: distances of all points to all targets, O(points·targets) memory; a selection of the n + 1
+    nearest of each point.
 
     Example:
       >>> points = jnp.array([[0.0, 0], [0, 1], [1, 0], [9, 9], [9, 8], [8, 9]])
@@ -217,6 +222,9 @@ def icnn_loss(
     Use it on the support set, on queries against it, or on both together, which does best, with as
     many neighbours as a class has examples; averaged with the cross-entropy of the episode and
     with `proto_triplet_loss`.
+
+    Cost: that of `icnn_score`: the distances of all points to all targets, and a selection of the
+    nearest.
 
     Example:
       >>> points = jnp.array([[0.0, 0], [0, 1], [1, 0], [9, 9], [9, 8], [8, 9]])

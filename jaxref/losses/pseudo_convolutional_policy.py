@@ -42,8 +42,10 @@ def prefix_edit_distance(
       ValueError: shapes that do not match.
       TypeError: sequences that are not integers.
 
-    Use it within jit; `jaxref.metrics.token_error_rate` is for texts on the host. It goes through
-    the hypothesis step by step, with the reference at once.
+    Use it within jit; `jaxref.metrics.token_error_rate` is for texts on the host.
+
+    Cost: `length` steps one after the other, each over the U tokens of the reference at once;
+    memory O(length + U).
 
     Example:
       >>> print(prefix_edit_distance(jnp.array([3, 1, 4, 4]), jnp.array([3, 4, 1])))
@@ -112,6 +114,8 @@ def edit_distance_reward(
     Use it for `pseudo_convolutional_policy_gradient_loss`, as it is or less a baseline, such as the
     reward of the greedy sequence at the same place.
 
+    Cost: that of `prefix_edit_distance`, `length` steps over the reference; no gradient.
+
     Example:
       >>> print(edit_distance_reward(jnp.array([3, 1, 4, 4]), jnp.array([3, 4, 1])))
       [ 1.  1. -1.  0.]
@@ -164,6 +168,9 @@ def pseudo_convolutional_policy_gradient_loss(
 
     Use it in `pcpg_loss`. `clipped_policy_loss` is for samples that are used in several updates,
     with one reward for all of their tokens.
+
+    Cost: two sums over each window, length·k/s additions; the sample is drawn token by token
+    before.
 
     Example:
       >>> log_probs, rewards = jnp.log(jnp.array([0.5, 0.5, 0.25])), jnp.array([1.0, 0.0, -1.0])
@@ -241,6 +248,9 @@ def pcpg_loss(
 
     Use it on a model that cross-entropy has trained already: samples of an untrained one have few
     rewards.
+
+    Cost: the policy's forward and backward passes over the reference and over a sample, which it
+    has to draw before.
 
     Example:
       >>> labels, sampled = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.5, 0.25]))

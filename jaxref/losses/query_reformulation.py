@@ -52,6 +52,9 @@ def query_reformulation_loss(
     `decoupled_softmax_loss` of the scores is the mean over relevant passages, of which this is the
     largest term.
 
+    Cost: one product of all queries, or revisions, with all passages of the batch, and a softmax
+    over these.
+
     Example:
       >>> passages, relevant = jnp.eye(3), jnp.array([[1, 0, 1]])
       >>> loss = query_reformulation_loss(jnp.array([[2.0, 1.0, 0.0]]), passages, relevant)
@@ -110,6 +113,8 @@ def loss_over_loss(
     each query and step, `jnp.sort(jax.random.choice(key, 6, (2,), replace=False))[::-1]`, and gives
     the first of the same passages, in any order, to the revision with fewer.
 
+    Cost: all pairs of a query's revisions, elementwise.
+
     Example:
       >>> print(loss_over_loss(jnp.array([[0.75, 0.5, 1.0], [0.5, 0.6, 0.7]])).round(4))
       [0.0833 0.    ]
@@ -147,8 +152,11 @@ def lol_objective(
     Raises:
       As `loss_over_loss`, and ValueError for a negative `weight`.
 
-    Use it with two revisions of each query, which take twice the time of one; with one, or with
-    weight 0, it is plain pseudo-relevance feedback.
+    Use it with two revisions of each query; with one, or with weight 0, it is plain
+    pseudo-relevance feedback, `query_reformulation_loss`.
+
+    Cost: elementwise; each revision is a pass of the query encoder, so that two take twice the time
+    of one.
 
     Example:
       >>> print(lol_objective(jnp.array([[0.75, 0.5], [0.5, 0.75]])))

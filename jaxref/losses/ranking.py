@@ -63,6 +63,8 @@ def profit_aware_ranking_loss(
     Use it to find those few who move most money; `lambda_ranking_loss` sees graded relevances and
     the whole list.
 
+    Cost: a selection of the k most profitable of m members, and their k² pairs.
+
     Example:
       >>> profits = jnp.array([[99.0, 0.0], [5.0, 5.0]])
       >>> loss = profit_aware_ranking_loss(jnp.array([[1.0, 0.0], [2.0, 2.0]]), profits)
@@ -133,6 +135,8 @@ def lambda_ranking_loss(
       TypeError: scores that are not floating point.
 
     Use it for graded relevances and NDCG; `profit_aware_ranking_loss` for amounts of money.
+
+    Cost: two sorts and all pairs of a list, O(m²) time and memory.
 
     Example:
       >>> print(lambda_ranking_loss(jnp.array([0.0, 1.0]), jnp.array([1, 0]), scheme="rank_net"))

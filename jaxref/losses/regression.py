@@ -51,6 +51,8 @@ def squared_error(
     Use it for errors that are about normal; one outlier weighs as its square, which `huber_loss`
     and `log_cosh_loss` avoid.
 
+    Cost: one pass over the predictions.
+
     Example:
       >>> print(squared_error(jnp.array([1.0, 3.0]), jnp.array([1.5, 1.0])))
       [0.25 4.  ]
@@ -86,6 +88,8 @@ def absolute_error(
 
     Use it where outliers should count no more than others; `quantile_loss` is its form for other
     quantiles than the median, `log_cosh_loss` its smooth one.
+
+    Cost: one pass over the predictions.
 
     Example:
       >>> print(absolute_error(jnp.array([1.0, 3.0]), jnp.array([1.5, 1.0])))
@@ -126,6 +130,8 @@ def bias_error(
     Use it to diagnose a forecast beside `absolute_error`: errors of both signs cancel, and as a
     loss it has no minimum.
 
+    Cost: one pass over the predictions.
+
     Example:
       >>> print(bias_error(jnp.array([1.0, 3.0]), jnp.array([1.5, 1.0])))
       [-0.5  2. ]
@@ -163,6 +169,8 @@ def absolute_percentage_error(
     Use it for positive targets away from 0. No positive forecast that is too low costs more than 1,
     so training prefers those; `squared_log_error` treats factors up and down alike.
     `jaxref.metrics.mean_absolute_percentage_error` is its mean with ε = 0.
+
+    Cost: one pass over the predictions.
 
     Example:
       >>> print(absolute_percentage_error(jnp.array([1.5, 5.0]), jnp.array([2.0, 4.0])))
@@ -211,6 +219,8 @@ def huber_loss(
     Use it in place of `squared_error` where a few targets are off; `smooth_l1_loss` is the same
     over δ, with a gradient of ±1 for large errors.
 
+    Cost: one pass over the predictions.
+
     Example:
       >>> print(huber_loss(jnp.array([1.0, 3.0]), jnp.array([1.5, 1.0])))
       [0.125 1.5  ]
@@ -249,6 +259,8 @@ def log_cosh_loss(
       TypeError: predictions that are not floating point.
 
     Use it in place of `huber_loss` where second derivatives are needed.
+
+    Cost: one pass over the predictions, with a few exponentials and logarithms each.
 
     Example:
       >>> print(log_cosh_loss(jnp.array([1.0, 3.0]), jnp.array([1.5, 1.0])).round(3))
@@ -300,6 +312,8 @@ def quantile_loss(
     Use it for intervals, with several quantiles of one prediction each; `absolute_error` for the
     median alone.
 
+    Cost: one pass over the predictions, of which the model makes one for each quantile.
+
     Example:
       >>> quantiles = jnp.array([0.1, 0.5, 0.9])
       >>> print(quantile_loss(jnp.array([1.0, 2.0, 4.0]), 3.0, quantile=quantiles).round(2))
@@ -343,6 +357,8 @@ def multi_quantile_loss(
 
     Use it for a forecast with its interval; `quantile_loss` is each of the terms, and
     `jaxref.metrics.weighted_quantile_loss` what benchmarks report.
+
+    Cost: one pass over the predictions, as many for each target as there are quantiles.
 
     Example:
       >>> predictions, quantiles = jnp.array([[1.0, 2.0, 4.0]]), jnp.array([0.1, 0.5, 0.9])
@@ -405,6 +421,8 @@ def gaussian_negative_log_likelihood(
     Use it where the noise differs between inputs; `squared_error` is its case of equal noise, and
     `multi_quantile_loss` needs no law.
 
+    Cost: one pass over the predictions, two for each target.
+
     Example:
       >>> loss = gaussian_negative_log_likelihood(jnp.zeros(2), jnp.array([0.0, 2.0]), 2.0)
       >>> print(loss.round(3))
@@ -459,6 +477,8 @@ def poisson_loss(
       TypeError: predictions that are not floating point.
 
     Use it for counts of events; predict logarithms where the rate spans orders of magnitude.
+
+    Cost: one pass over the predictions, with a logarithm or an exponential each.
 
     Example:
       >>> print(poisson_loss(jnp.array([2.0, 0.0]), jnp.array([3, 0])).round(3))

@@ -40,6 +40,8 @@ def squared_log_error(
     Use it for quantities at least 0 that grow by factors, such as sales and visits;
     `absolute_percentage_error` is bounded for low predictions, `squared_error` sees differences.
 
+    Cost: one pass over the predictions; two logarithms each.
+
     Example:
       >>> print(squared_log_error(jnp.array([3.0, 0.0]), jnp.array([1.0, 1.0])).round(4))
       [0.4805 0.4805]
@@ -81,6 +83,8 @@ def root_mean_squared_log_error(
 
     Use it to report `squared_log_error` on the scale of factors. The metric of depth maps that has
     this name in `jaxref.metrics` takes logarithms of the depths themselves, without the 1.
+
+    Cost: one pass over the predictions; two logarithms each.
 
     Example:
       >>> print(root_mean_squared_log_error(jnp.array([3.0, 0.0]), jnp.array([1.0, 1.0])).round(4))
@@ -139,6 +143,8 @@ def logarithmic_squared_error(
     scale. The mean over features may be taken within the logarithm as well: both agree to second
     order. The formula was inferred from the method's description (steeper gradients than the
     squared error's, steeper still for larger errors).
+
+    Cost: one pass over the predictions.
 
     Example:
       >>> print(logarithmic_squared_error(jnp.array([0.1, 0.9]), jnp.zeros(2)).round(4))

@@ -52,6 +52,8 @@ def monotone_score_map(cosine: ArrayLike, parameters: ArrayLike, *, kind: str = 
     Use it before a threshold that all queries share, `jaxref.metrics.threshold_at_recall`. "linear"
     is Platt scaling with parameters of each query; "power" has the most freedom.
 
+    Cost: one pass over the cosines; two or three parameters a query.
+
     Example:
       >>> parameters = jnp.array([jnp.log(jnp.expm1(2.0)), -1.0])
       >>> print(monotone_score_map(jnp.array([1.0, 0.0]), parameters, kind="linear").round(3))
@@ -111,6 +113,8 @@ def relevance_filter_loss(
 
     Use it to train a `jaxref.nn.CosineAdapter` on labelled pairs behind encoders that stay as they
     are; losses of retrieval, such as `mann_whitney_loss`, train the encoders.
+
+    Cost: one pass over the cosines; encoders that stay as they are need no gradient.
 
     Example:
       >>> cosine, parameters = jnp.array([0.9, 0.1]), jnp.array([3.0, -2.0, 0.5])

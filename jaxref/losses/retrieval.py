@@ -70,6 +70,9 @@ def mann_whitney_loss(
     from irrelevant; `mann_whitney_loss_from_embeddings` starts from a dual encoder's outputs. All
     |P| |N| comparisons come from the same queries · documents similarities.
 
+    Cost: |P|·queries·documents comparisons; memory `chunk_size` times the scores, chunks being
+    computed anew for gradients.
+
     Example:
       >>> loss = mann_whitney_loss(jnp.array([[2.0, 0.0], [1.0, 3.0]]), jnp.eye(2))
       >>> print(loss.round(4))
@@ -137,6 +140,9 @@ def mann_whitney_loss_from_embeddings(
 
     Use it as the loss of a retriever's batch; `mann_whitney_loss` takes any similarities, and
     several relevant documents for a query.
+
+    Cost: queries²·documents comparisons; memory chunk_size·queries·documents, and one matrix
+    product.
 
     Example:
       >>> queries, documents = jnp.eye(3)[:2], jnp.array([[2.0, 0.0, 0.0], [0.0, 3.0, 1.0]])
@@ -214,6 +220,8 @@ def contrastive_retrieval_loss(
 
     Use it where only the order within a query matters; `mann_whitney_loss` is its counterpart for a
     threshold over all queries.
+
+    Cost: that of a softmax over the documents of each query.
 
     Example:
       >>> scores = jnp.array([[2.0, 0.0], [1.0, 3.0]])

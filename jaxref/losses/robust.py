@@ -63,6 +63,8 @@ def label_distributionally_robust_loss(
     Use it between cross-entropy and a loss that forgives wrong labels, by one number;
     `adaptive_ldr_loss` finds one for every example.
 
+    Cost: that of a softmax over the classes.
+
     Example:
       >>> logits, labels = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([0])
       >>> for temperature in (0.0, 1.0, jnp.inf):
@@ -116,6 +118,11 @@ def adaptive_ldr_init(num_examples: int, temperature: float = 1.0) -> AdaptiveLD
 
     Raises:
       ValueError: an argument out of its range.
+
+    Use it once before training, with the size of the whole training set;
+    `label_distributionally_robust_loss`, which has one temperature, needs none.
+
+    Cost: one float32 number for each training example.
 
     Example:
       >>> adaptive_ldr_init(3).temperatures
@@ -180,6 +187,9 @@ def adaptive_ldr_loss(
 
     Use it where some labels are wrong and it is not known which;
     `label_distributionally_robust_loss` has one temperature and needs no state.
+
+    Cost: that of two softmaxes over the classes; one float32 number for each training example, kept
+    between steps.
 
     Example:
       >>> logits, labels = jnp.array([[4.0, -0.5, 0.0], [0.5, 0.4, 0.5]]), jnp.array([0, 1])

@@ -77,7 +77,10 @@ def srpo_loss(
       TypeError: log-probabilities that are not floating point.
 
     Use it where pairs come from other models than the one that is trained, or where answers are to
-    be revised; it takes six log-probabilities of a pair where `f_dpo_loss` takes two.
+    be revised; `f_dpo_loss` is simpler for pairs that the reference could have drawn.
+
+    Cost: six log-probabilities of a pair by the policy, and six by the reference, where
+    `f_dpo_loss` takes two of each.
 
     Example:
       >>> same = SRPOLogProbs(*jnp.full((6, 1), -3.0))
@@ -136,6 +139,8 @@ def srpo_optimal_policies(
 
     Use it to see what `srpo_loss` leads to.
 
+    Cost: two passes over the `[responses, responses]` preferences.
+
     Example:
       >>> preference = jnp.array([[0.5, 1.0], [0.0, 0.5]])
       >>> policy, revision = srpo_optimal_policies(preference, jnp.full(2, 0.5), beta=1.0)
@@ -188,6 +193,9 @@ def revise(
 
     Use it with a model that was trained by `srpo_loss`: policies of `f_dpo_loss` gain nothing from
     it. The loop is Python's and unrolls under jit.
+
+    Cost: num_revisions + 1 generations, one after the other, each with the one before in its
+    prompt.
 
     Example:
       >>> revise(lambda prompt, draft: prompt if draft is None else draft / 2, 8.0, num_revisions=2)

@@ -75,6 +75,8 @@ def dice_loss(
     kinds of errors apart (1/2 and 1/2 is this one), `jaccard_loss` is the same order of merit for
     intersection over union.
 
+    Cost: one pass over the probabilities; three sums a set, which shards exchange.
+
     Example:
       >>> probabilities, targets = jnp.array([0.8, 0.6, 0.1, 0.0]), jnp.array([1, 1, 0, 0])
       >>> print(dice_loss(probabilities, targets, smooth=0.0).round(4))
@@ -134,6 +136,8 @@ def log_cosh_dice_loss(
 
     Use it in place of `dice_loss` where its gradient is too unsteady near convergence.
 
+    Cost: that of `dice_loss`, one pass over the probabilities.
+
     Example:
       >>> probabilities, targets = jnp.array([0.8, 0.6, 0.1, 0.0]), jnp.array([1, 1, 0, 0])
       >>> print(log_cosh_dice_loss(probabilities, targets, smooth=0.0).round(4))
@@ -189,6 +193,8 @@ def jaccard_loss(
 
     Use it where intersection over union is the measure; `lovasz_softmax_loss` is exactly that
     measure on hard predictions, and convex between them.
+
+    Cost: one pass over the probabilities; three sums a set, which shards exchange.
 
     Example:
       >>> probabilities, targets = jnp.array([0.8, 0.6, 0.1, 0.0]), jnp.array([1, 1, 0, 0])
@@ -251,6 +257,8 @@ def tversky_loss(
 
     Use it where missing a positive costs more than inventing one, as for lesions; with a power on
     top it is `focal_tversky_loss`.
+
+    Cost: one pass over the probabilities; three sums a set, which shards exchange.
 
     Example:
       >>> probabilities, targets = jnp.array([0.8, 0.6, 0.1, 0.0]), jnp.array([1, 1, 0, 0])
@@ -317,6 +325,8 @@ def focal_tversky_loss(
 
     Use it for small structures that `tversky_loss` leaves half found; at b = 1/2 and γ = 1 it is
     `dice_loss` of smoothing 2 s.
+
+    Cost: that of `tversky_loss`, one pass over the probabilities.
 
     Example:
       >>> probabilities, targets = jnp.array([0.8, 0.6, 0.1, 0.0]), jnp.array([1, 1, 0, 0])

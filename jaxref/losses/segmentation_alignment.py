@@ -63,6 +63,9 @@ def active_boundary_loss(
     Use it beside cross-entropy and a Lovász loss, once segments are roughly in place;
     `boundary_loss` pulls on the regions instead.
 
+    Cost: ten divergences over the classes for each pixel, and a selection of the largest changes of
+    each image; distances from the host.
+
     Example:
       >>> from jaxref.losses import label_boundary_distance
       >>> labels = jnp.tile(jnp.arange(10) > 6, (1, 10, 1)).astype(int)
@@ -142,6 +145,8 @@ def inverse_form_loss(
 
     Use it beside the cross-entropies of labels and of boundary maps; `active_boundary_loss` needs
     no second network. The paper's other distance, along geodesics, is not here.
+
+    Cost: a forward and a backward pass of `transform_network` over all tiles.
 
     Example:
       >>> def offset(a, b):  # translation of the centre of mass, in pixels
@@ -227,6 +232,9 @@ def conditional_boundary_loss(
 
     Use it beside cross-entropy where boundaries are blurred by features that mix both sides; the
     other boundary losses see probabilities alone.
+
+    Cost: window² - 1 passes over the features, made anew in the backward pass, so that memory does
+    not grow with the window.
 
     Example:
       >>> labels = jnp.array([[[0, 0, 0, 1, 1, 1]]])

@@ -58,6 +58,8 @@ def combo_loss(
     Use it as the plain first choice for medical images; `exponential_logarithmic_loss` and
     `unified_focal_loss` have softmax classes, and focus.
 
+    Cost: one pass over the logits; three sums for each class of an image.
+
     Example:
       >>> logits, targets = jnp.array([[[2.0], [-2.0], [1.0]]]), jnp.array([[[1], [0], [1]]])
       >>> print(combo_loss(logits, targets).round(3))
@@ -131,6 +133,8 @@ def exponential_logarithmic_loss(
 
     Use it for structures of very different sizes in one image; `combo_loss` is its form without
     powers and, for the Dice part, without logarithm.
+
+    Cost: that of a softmax over the classes, and three sums for each class of an image.
 
     Example:
       >>> logits = jnp.array([[[2.0, 0.0], [0.0, 2.0], [0.0, 1.0]]])
@@ -213,6 +217,8 @@ def unified_focal_loss(
 
     Use it for one rare object, tuning γ alone; the two parts by themselves are `focal_loss` and
     `focal_tversky_loss`.
+
+    Cost: that of a softmax over the classes, and three sums for each class of an image.
 
     Example:
       >>> logits = jnp.array([[[2.0, 0.0], [0.0, 2.0], [0.0, 1.0]]])

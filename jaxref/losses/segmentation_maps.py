@@ -43,6 +43,9 @@ def signed_distance_map(
 
     Use it for `boundary_loss`, and for `region_wise_loss` as one of its maps.
 
+    Cost: two exact distance transforms of each image on the host, linear in its pixels; once for
+    each label.
+
     Example:
       >>> print(signed_distance_map(np.array([0, 0, 1, 1, 1, 0])))
       [ 2.  1.  0. -1.  0.  1.]
@@ -91,6 +94,9 @@ def boundary_proximity_map(
     Use it for `distance_weighted_cross_entropy`; for several classes take the largest over the
     maps of their one-hot labels.
 
+    Cost: two exact distance transforms of each image on the host, linear in its pixels; once for
+    each label.
+
     Example:
       >>> print(boundary_proximity_map(np.array([0, 0, 0, 0, 1, 1])))
       [0.   0.25 0.5  0.75 0.5  0.  ]
@@ -136,6 +142,9 @@ def rectified_region_map(
 
     Use it for `region_wise_loss`, with no other loss beside it; a `signed_distance_map` needs one.
 
+    Cost: one exact distance transform of each image on the host, linear in its pixels; once for
+    each label.
+
     Example:
       >>> print(rectified_region_map(np.array([0, 1, 1, 1, 1, 0])))
       [ 1.  -0.5 -1.  -1.  -0.5  1. ]
@@ -176,6 +185,9 @@ def label_boundary_distance(
       ValueError: axes that are not there, or a `where` that does not broadcast.
 
     Use it for `active_boundary_loss`.
+
+    Cost: one exact distance transform of each image on the host, linear in its pixels; once for
+    each label.
 
     Example:
       >>> print(label_boundary_distance(np.array([[2, 2, 2, 2, 5]])))
@@ -228,6 +240,8 @@ def truncated_distance_bins(
 
     Use it for `boundary_aware_loss`; `decode_distance_bins` turns bins into a mask again.
 
+    Cost: one exact distance transform of each object on the host, linear in the pixels.
+
     Example:
       >>> print(truncated_distance_bins(np.array([0, 1, 1, 1, 1, 1, 0]), truncation=2, num_bins=3))
       [0 1 2 2 2 1 0]
@@ -272,7 +286,11 @@ def decode_distance_bins(
     Raises:
       ValueError: axes that are not there, or numbers out of their range.
 
-    Use it on predictions, under jit if wanted.
+    Use it on predictions, under jit if wanted; a mask that is known needs no bins but for training,
+    those of `truncated_distance_bins`.
+
+    Cost: num_bins - 1 distance transforms on the device, n operations a pixel each for each axis of
+    length n.
 
     Example:
       >>> print(decode_distance_bins(jnp.array([0, 0, 0, 3, 0, 0]), truncation=3, num_bins=4))
@@ -299,9 +317,8 @@ def euclidean_distance_transform(
 
         d(x) = min over y outside of |x - y|
 
-    exact, one axis after the other: `d²(i) = min_j (d²(j) + (i - j)²)`. An axis of length n costs n
-    operations per pixel, all of them of a kind that devices are good at; it runs under jit, vmap
-    and shardings, and has no gradient.
+    exact, one axis after the other: `d²(i) = min_j (d²(j) + (i - j)²)`. It runs under jit, vmap and
+    shardings, and has no gradient.
 
     Args:
       mask: boolean array.
@@ -315,6 +332,8 @@ def euclidean_distance_transform(
 
     Use it on predictions in a loss; for labels `scipy.ndimage.distance_transform_edt` on the host
     is faster.
+
+    Cost: n operations a pixel for each axis of length n, all of a kind that devices are good at.
 
     Example:
       >>> print(euclidean_distance_transform(jnp.array([True, True, False, True])))

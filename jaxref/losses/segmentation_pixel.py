@@ -57,6 +57,8 @@ def topk_cross_entropy(
     Use it where most pixels are easy from the start, and labels are clean: wrong ones are among the
     hardest. `focal_loss` turns easy pixels down smoothly.
 
+    Cost: a softmax over the classes and one sort of all pixels' losses, those of all shards.
+
     Example:
       >>> logits, labels = jnp.array([[4.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), jnp.array([0, 0, 0])
       >>> print(topk_cross_entropy(logits, labels, fraction=1 / 3).round(3))
@@ -121,6 +123,8 @@ def distance_weighted_cross_entropy(
 
     Use it where errors gather at the boundaries and a weight is enough; `boundary_loss` measures
     how far off the boundary is.
+
+    Cost: that of a softmax over the classes; a map for each image, made once on the host.
 
     Example:
       >>> logits, labels = jnp.array([[2.0, 0.0], [2.0, 0.0]]), jnp.array([0, 0])

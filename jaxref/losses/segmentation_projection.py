@@ -42,6 +42,8 @@ def maximum_intensity_projection(
 
     Use it on predictions and labels alike; `projection_loss` compares the two.
 
+    Cost: one pass over the volume.
+
     Example:
       >>> print(maximum_intensity_projection(jnp.array([[0.1, 0.9], [0.2, 0.0]]), axis=1))
       [0.9 0.2]
@@ -99,6 +101,8 @@ def projection_loss(
       TypeError: probabilities that are not floating point.
 
     Use it beside an overlap loss of the volume, as `spockmip_loss` does.
+
+    Cost: one pass over the volume for each axis, and the base loss of areas in place of volumes.
 
     Example:
       >>> vessel = jnp.zeros((1, 3, 4, 3)).at[:, 1, :, 1].set(1)
@@ -182,6 +186,9 @@ def spockmip_loss(
 
     Use it for thin connected structures, vessels first of all; `focal_tversky_loss` alone leaves
     gaps in them.
+
+    Cost: for each level the base loss of the whole volume and a pass over it for each axis, at full
+    resolution.
 
     Example:
       >>> vessel = jnp.zeros((1, 4, 4, 4)).at[:, 1, :, 1].set(1)

@@ -57,6 +57,9 @@ def soft_top_k(
     logarithms, which do not underflow. t is found from the odds of the k largest against the
     others, which tell it apart also where all shares round to 0 and 1.
 
+    Cost: a selection of the k largest and `num_iterations` passes over the labels; one more for the
+    gradient.
+
     Example:
       >>> print(soft_top_k(jnp.array([3.0, 1.0, 1.0, -2.0]), 2, alpha=5.0).round(3))
       [1.  0.5 0.5 0. ]
@@ -98,6 +101,9 @@ def log_soft_top_k(
       As `soft_top_k`.
 
     Use it in losses; `soft_top_k_loss` is the one of relevant labels.
+
+    Cost: that of `soft_top_k`: a selection of the k largest and `num_iterations` passes over the
+    labels.
 
     Example:
       >>> print(log_soft_top_k(jnp.array([300.0, 100.0, 40.0, -200.0]), 2).round(2))
@@ -149,6 +155,9 @@ def soft_top_k_loss(
 
     Use it where only the first k ranks are shown; `decoupled_softmax_loss` wants each relevant
     label above all irrelevant ones, as this does with k = 1 and one relevant label.
+
+    Cost: a selection of the k largest scores and 32 passes over the labels; k scores a query are
+    gathered from shards.
 
     Example:
       >>> scores, relevant = jnp.array([[4.0, 1.0, 0.0, -1.0]]), jnp.array([[1, 1, 0, 0]])

@@ -37,8 +37,11 @@ def spectral_decoupling_penalty(
       ValueError: a negative `coefficient`, or arrays that do not broadcast.
       TypeError: logits that are not floating point.
 
-    Add its sum over the classes to the cross-entropy of several (the paper has two classes, see
-    `spectral_decoupling_loss`), without weight decay. `z_loss` holds their normaliser alone.
+    Use it for several classes, its sum over them added to the cross-entropy (the paper has two
+    classes, see `spectral_decoupling_loss`), without weight decay. `z_loss` holds their normaliser
+    alone.
+
+    Cost: one pass over the logits.
 
     Example:
       >>> print(spectral_decoupling_penalty(jnp.array([3.0, -1.0]), coefficient=0.5))
@@ -95,6 +98,8 @@ def spectral_decoupling_loss(
 
     Use it where a simple feature predicts most labels in training but should not be all that is
     learnt, with no weight decay beside it; `jaxref.data.two_moons_shortcut` makes such data.
+
+    Cost: one pass over the logits.
 
     Example:
       >>> losses = spectral_decoupling_loss(jnp.array([3.0, 3.0]), jnp.array([1, 0]))

@@ -63,6 +63,9 @@ def spherical_z_loss(
     `z_loss`, the penalty on the softmax's normaliser. Over very many classes
     `factored_output_loss` has it at a cost that does not depend on their number.
 
+    Cost: two passes over the outputs, for mean and variance, and an exponential and a logarithm of
+    each.
+
     Example:
       >>> logits = jnp.array([[3.0, 1.0, 2.0], [30.0, 10.0, 20.0]])
       >>> print(spherical_z_loss(logits, jnp.array([0, 0])).round(3))
@@ -127,6 +130,9 @@ def log_taylor_softmax_loss(
     outputs changes it. `log_spherical_softmax_loss` is unchanged by scales, and `spherical_z_loss`
     by both.
 
+    Cost: that of a softmax over the classes and a logarithm each, as it is computed from
+    logarithms.
+
     Example:
       >>> print(log_taylor_softmax_loss(jnp.array([[1.0, 0.0, -1.0]]), jnp.array([0])).round(3))
       [0.47]
@@ -174,6 +180,9 @@ def log_spherical_softmax_loss(
 
     Use it to compare; `log_taylor_softmax_loss` has no such symmetry of signs around 0, and was
     better in the authors' experiments. A label whose output starts at 0 gets no gradient.
+
+    Cost: that of a softmax over the classes and a logarithm each, as it is computed from
+    logarithms.
 
     Example:
       >>> print(log_spherical_softmax_loss(jnp.array([[2.0, 1.0, -1.0]]), jnp.array([0])).round(3))

@@ -75,9 +75,12 @@ def reference_token_weights(
         it is not traced, a log-probability that counts and is NaN or above 1e-6.
       TypeError: log-probabilities that are not floating point.
 
-    They multiply the tokens' losses, such as those of `jaxref.kernels.linear_softmax_cross_entropy`
-    whose logits are never stored, and `prior_loss` does it with logits. The form of the score is a
-    choice: the paper names weights by the reference's probability, and no code is public.
+    Use it to weigh losses of tokens that come without logits, such as those of
+    `jaxref.kernels.linear_softmax_cross_entropy`; `prior_loss` does it with logits. The form of the
+    score is a choice: the paper names weights by the reference's probability, and no code is
+    public.
+
+    Cost: one pass over the tokens; a forward pass of the reference, once for each text.
 
     Example:
       >>> log_probs = jnp.log(jnp.array([0.9, 0.5, 0.1, 0.5]))
@@ -166,6 +169,9 @@ def prior_loss(
     Use it to train on captions; `softmax_cross_entropy` learns all tokens alike. With an exponent
     of 0 it is that.
 
+    Cost: that of `softmax_cross_entropy` over the vocabulary; a forward pass of the reference, once
+    for each text.
+
     Example:
       >>> logits, reference = jnp.zeros((2, 4)), jnp.log(jnp.array([0.75, 0.25]))
       >>> print(prior_loss(logits, jnp.array([1, 2]), reference).round(3))
@@ -220,6 +226,8 @@ def importance_sampling_diagnostics(
 
     Use it to watch any weights of samples or tokens: few effective samples mean noisy gradients, a
     sign to lower the `exponent` or the `ceiling` of `reference_token_weights`.
+
+    Cost: two passes over the weights.
 
     Example:
       >>> found = importance_sampling_diagnostics(jnp.array([1.0, 1.0, 0.0, 2.0]))

@@ -54,6 +54,8 @@ def in_batch_negative_similarities(
     Use it for the negatives of `unified_negative_pair_softmax`, or to look at how alike the most
     similar strangers of a batch are.
 
+    Cost: the cosines of all pairs, O(batch²·features) time and O(batch²) memory.
+
     Example:
       >>> cosines, is_negative = in_batch_negative_similarities(jnp.eye(3), jnp.array([0, 0, 1]))
       >>> print(is_negative.astype(int))
@@ -109,6 +111,8 @@ def box_and_whisker_mask(
 
     Use it to leave noise out of the negatives of `unified_negative_pair_softmax`: pairs whose
     labels may be wrong, and those that are far apart anyway.
+
+    Cost: one sort of all n values, O(n log n), of all shards.
 
     Example:
       >>> print(box_and_whisker_mask(jnp.array([0.1, 0.2, 0.15, 0.9, 0.12])))
@@ -172,6 +176,9 @@ def unified_negative_pair_softmax(
 
     Use it with a head that `unpg_loss` has not; a term on lengths, as MagFace has one, is added to
     it unchanged.
+
+    Cost: that of a softmax over the classes, and one pass over the negatives for all examples
+    together.
 
     Example:
       >>> t, negatives = jnp.array([[0.9, 0.1]]), jnp.array([0.3, 0.5])
@@ -255,8 +262,11 @@ def unpg_loss(
         range.
       TypeError: embeddings or weights that are not floating point, or labels that are not integer.
 
-    Use it where a threshold on the similarity of two embeddings has to keep strangers apart. It
-    costs the similarities of the batch; for other heads take `unified_negative_pair_softmax`.
+    Use it where a threshold on the similarity of two embeddings has to keep strangers apart; for
+    other heads take `unified_negative_pair_softmax`.
+
+    Cost: that of `arcface_loss`, and the batch² similarities of the examples with a sort of them,
+    O(batch² log batch).
 
     Example:
       >>> embeddings, weights = jnp.array([[3.0, 4.0], [4.0, 3.0]]), jnp.eye(2)

@@ -71,6 +71,9 @@ def kto_loss(
     Use it where people marked single responses, and where of one kind there are few. A batch of one
     example has no mismatched pair.
 
+    Cost: elementwise; one pass more of policy and reference, without gradient, for the mismatched
+    responses.
+
     Example:
       >>> policy, reference = jnp.array([-3.0, -3.0]), jnp.array([-4.0, -4.0])
       >>> loss = kto_loss(policy, reference, jnp.array([1, 0]), reference, reference, beta=1.0)
@@ -139,6 +142,9 @@ def nca_loss(
 
     Use it where `f_dpo_loss` makes chosen responses rare, or rewards of several responses are
     known. A pair is `jnp.stack([chosen, rejected], axis=-1)` with 0 as label.
+
+    Cost: elementwise; all responses to a prompt through the policy, and, without gradient, through
+    the reference.
 
     Example:
       >>> pair, reference = jnp.array([-3.0, -5.0]), jnp.array([-4.0, -4.0])

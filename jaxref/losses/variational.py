@@ -56,6 +56,8 @@ def cauchy_schwarz_divergence(
     Use it to bring two distributions together; `conditional_cauchy_schwarz_divergence` compares
     answers to the same questions, and `sinkhorn_divergence` the samples themselves, unsmoothed.
 
+    Cost: kernels of all pairs, O((n + m)²) time and memory.
+
     Example:
       >>> samples = jnp.array([[0.0], [1.0]])
       >>> print(f"{jax.jit(cauchy_schwarz_divergence)(samples, samples + 3.0):.3f}")
@@ -117,6 +119,8 @@ def conditional_cauchy_schwarz_divergence(
 
     Use it as the loss of a regression, with batches of a hundred or so;
     `cauchy_schwarz_information_bottleneck_loss` adds the bottleneck.
+
+    Cost: four kernels of all pairs, O(n²) time and memory.
 
     Example:
       >>> x, y = jnp.array([0.0, 1.0, 2.0]), jnp.array([1.0, 0.0, 2.0])
@@ -184,7 +188,10 @@ def cauchy_schwarz_mutual_information(
       TypeError: samples that are not floating point.
 
     Use it as the price of a representation, or to see what a layer keeps of its input, without a
-    variational bound and without noise in the encoder.
+    variational bound and without noise in the encoder; `info_nce_bound` needs a critic.
+
+    Cost: two kernels of all pairs, O(n²) time and memory; without `bandwidth` a median of all
+    distances, on each shard.
 
     Example:
       >>> x = jnp.array([-1.0, 0.0, 1.0, 2.0])
@@ -253,6 +260,8 @@ def cauchy_schwarz_information_bottleneck_loss(
     Use it in place of the squared error and a variational bottleneck, for regression that holds up
     under perturbed inputs; the paper has batches of 128 and Adam at 1e-4. Kernels of features of
     many dimensions need a larger bandwidth, or none of the pairs is near.
+
+    Cost: six kernels of all pairs of the batch, O(n²) time and memory.
 
     Example:
       >>> x, y = jnp.array([0.0, 1.0, 2.0]), jnp.array([1.0, 0.0, 2.0])

@@ -66,6 +66,8 @@ def z_error_mask(
     Use it to find wrong data: count how often each example is left out over a training.
     `z_error_loss` applies it.
 
+    Cost: three passes over the errors; no gradient.
+
     Example:
       >>> errors = jnp.array([0.1, -0.2, 0.0, 0.1, -0.1, 0.2, 9.0])
       >>> print(z_error_mask(errors).included)
@@ -118,6 +120,8 @@ def z_error_loss(
 
     Use it where a few targets are grossly wrong, in batches of some dozens at least;
     `huber_loss` bounds the pull of an outlier but keeps it.
+
+    Cost: that of the base loss, and three passes over the errors.
 
     Example:
       >>> predictions, targets = jnp.zeros(7), jnp.array([0.1, -0.2, 0.0, 0.1, -0.1, 0.2, 9.0])
@@ -176,6 +180,8 @@ def z_error_classification_loss(
 
     Use it where some labels are wrong, once outputs tell the classes apart, with a threshold that
     falls; `gaussian_decision_threshold` then puts the decision between the outputs of two classes.
+
+    Cost: that of a softmax over the classes, and the moments of each class, O(classes) an example.
 
     Example:
       >>> logits = jnp.array([2.0, 2.1, 1.9, 2.0, 2.2, 1.8, -5.0, -2.0, -1.0])
@@ -247,6 +253,8 @@ def gaussian_decision_threshold(
 
     Use it after training in place of the decision at probability 1/2, with the outputs of examples
     that a z-error loss includes (`where`).
+
+    Cost: two passes over the outputs.
 
     Example:
       >>> outputs, labels = jnp.array([-1.0, -3.0, 2.0, 4.0]), jnp.array([0, 0, 1, 1])

@@ -47,6 +47,11 @@ def batch_norm_init(features: int) -> BatchNormState:
     Raises:
       ValueError: `features` below 1.
 
+    Use it once for each norm in functional code, and keep the state apart from the parameters,
+    since no gradient reaches it; `jaxref.nn.Norm` makes and keeps its own.
+
+    Cost: two numbers a channel.
+
     Example:
       >>> print(*batch_norm_init(2))
       [0. 0.] [1. 1.]
@@ -111,6 +116,9 @@ def batch_norm(
 
     Use it in convolutional networks with some 16 examples or more at a time; `ghost_batch_norm`
     with very large batches, `batch_channel_norm` or `group_norm` with very small ones.
+
+    Cost: the reductions of `layer_norm`, over batch and positions, each an all-reduce with
+    `axis_name`; elementwise in evaluation. Two numbers a channel of state.
 
     Example:
       >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
@@ -185,6 +193,9 @@ def ghost_batch_norm(
 
     Use it with batches of thousands, where `batch_norm` generalises worse;
     `jaxref.optimizers.large_batch_learning_rate` and `regime_adaptation` belong to the recipe.
+
+    Cost: the reductions of `layer_norm`, over each ghost batch; with `axis_name` two all-reduces,
+    for the running statistics alone. Two numbers a channel of state.
 
     Example:
       >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
@@ -274,6 +285,9 @@ def estimated_batch_norm(
     that keeps the scale of the features in hand, since this one's gradient does not:
     `batch_channel_norm(..., estimate=True)` is both.
 
+    Cost: the reductions of `batch_norm` forward, and none in the gradient of x; elementwise in
+    evaluation. Two numbers a channel of state.
+
     Example:
       >>> x = jnp.array([[2.0], [6.0]])
       >>> y, state = estimated_batch_norm(x, batch_norm_init(1), training=True, rate=0.5)
@@ -346,6 +360,9 @@ def batch_channel_norm(
 
     Use it after a convolution whose kernel is weight-standardised: with `estimate` for batches of
     one or two examples, without for large ones, where `batch_norm` is the cheaper choice.
+
+    Cost: a `batch_norm` and a `group_norm`, the latter in evaluation too. Two numbers a channel of
+    state.
 
     Example:
       >>> x = jnp.array([[[1.0, 5.0], [3.0, 5.0]]])  # one example, two positions

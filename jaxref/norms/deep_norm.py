@@ -47,6 +47,8 @@ def deep_norm_residual(
     Use it where a post-LN model is wanted that is too deep to train as one; pre-LN and Peri-LN
     (`residual_block`) are stable without it, with a stream that grows.
 
+    Cost: one `layer_norm`, as in any post-LN block.
+
     Example:
       >>> x, f = jnp.array([1.0, -1.0]), jnp.array([0.0, 4.0])
       >>> print(deep_norm_residual(x, f, num_layers=8))  # of 4 x + F(x) = [4, 0]
@@ -85,6 +87,8 @@ def deep_norm_alpha(num_layers: int) -> float:
 
     Use it with `deep_norm_gain`; neither does its work without the other.
 
+    Cost: one formula, before training.
+
     Example:
       >>> deep_norm_alpha(8)
       4.0
@@ -114,6 +118,8 @@ def deep_norm_gain(num_layers: int) -> float:
 
     Use it as `jax.nn.initializers.variance_scaling(deep_norm_gain(N) ** 2, "fan_avg", "normal")`,
     with `deep_norm_alpha` at the skip branch.
+
+    Cost: one formula, before training.
 
     Example:
       >>> deep_norm_gain(8)
@@ -145,6 +151,8 @@ def shrink_embedding_gradient(x: ArrayLike, alpha: float = 0.1) -> Array:
     Use it behind the embedding table, whose gradient is the largest of all early in training and
     precedes spikes of the loss. Under Adam, which divides a gradient by its size, it acts through
     ε, the clipping of the global norm, and tables tied to the output.
+
+    Cost: elementwise, forward and backward.
 
     Example:
       >>> jax.grad(lambda x: shrink_embedding_gradient(x) ** 2)(3.0)

@@ -36,6 +36,8 @@ def layer_norm_scaling_factor(layer_index: ArrayLike) -> Array:
     Use it on the result of any norm in a pre-norm model: of a block's two, not of the one before
     the output. `layer_norm_scaling` has both in one.
 
+    Cost: one root for each block.
+
     Example:
       >>> print(layer_norm_scaling_factor(jnp.array([1, 4, 16])))
       [1.   0.5  0.25]
@@ -88,6 +90,9 @@ def layer_norm_scaling(
     shrinks with depth, which does the same at the start of training. The norm before the output
     stays unscaled.
 
+    Cost: that of `rms_norm` or `layer_norm`, and one product for each entry; no parameters of its
+    own.
+
     Example:
       >>> print(layer_norm_scaling(jnp.array([3.0, 4.0]), 4).round(3))
       [0.424 0.566]
@@ -134,6 +139,8 @@ def norm_placement(
 
     Use "mix" where deep blocks of a pre-norm model contribute nothing (see
     `jaxref.analysis.layer_removal_drop`); it needs the warm-up that post-norm needs.
+
+    Cost: a tuple, before training.
 
     Example:
       >>> norm_placement(4)
@@ -194,6 +201,8 @@ def residual_block(
 
     Use it for each sublayer of a block with the block's entry of `norm_placement`;
     `layer_norm_scaling` is a pre block with that norm.
+
+    Cost: the sublayer and one norm; two norms for "peri" and "sandwich".
 
     Example:
       >>> x = jnp.array([3.0, 4.0])

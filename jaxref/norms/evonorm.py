@@ -39,6 +39,11 @@ def evonorm_b0_init(features: int) -> EvoNormState:
     Raises:
       ValueError: `features` below 1.
 
+    Use it once for each `evonorm_b0`, `evonorm_b1` or `evonorm_b2` in functional code; `evonorm_s0`
+    and its kin need no state.
+
+    Cost: one number a channel.
+
     Example:
       >>> print(*evonorm_b0_init(2))
       [1. 1.]
@@ -103,6 +108,9 @@ def evonorm_b0(
     Use it in convolutional networks in place of batch norm and ReLU, at large batches; its kin
     `evonorm_b1` and `evonorm_b2` do without v, and `evonorm_s0` without the batch.
 
+    Cost: two variances, of the batch and of each example, where `batch_norm` has one; in evaluation
+    the latter alone. One number a channel of state.
+
     Example:
       >>> x = jnp.array([[[-4.0], [4.0]], [[-4.0], [4.0]]])  # two examples of two positions
       >>> y, state = evonorm_b0(x, evonorm_b0_init(1), training=True)
@@ -164,6 +172,9 @@ def evonorm_b1(
 
     Use it where `evonorm_b0` would go, without its v; the authors put B0 first.
 
+    Cost: a variance of the batch and a mean square of each example; in evaluation the latter alone.
+    One number a channel of state.
+
     Example:
       >>> x = jnp.array([[[-4.0], [4.0]], [[-4.0], [4.0]]])
       >>> print(evonorm_b1(x, evonorm_b1_init(1), training=True)[0][0].round(3).ravel())
@@ -223,6 +234,9 @@ def evonorm_b2(
 
     Use it where `evonorm_b0` would go, without its v; of the three it is the closest to ReLU.
 
+    Cost: a variance of the batch and a mean square of each example; in evaluation the latter alone.
+    One number a channel of state.
+
     Example:
       >>> x = jnp.array([[[-4.0], [4.0]], [[-4.0], [4.0]]])
       >>> print(evonorm_b2(x, evonorm_b2_init(1), training=True)[0][0].round(3).ravel())
@@ -275,6 +289,8 @@ def evonorm_s0(
     Use it in convolutional networks in place of group norm and ReLU, at any batch size; with large
     batches `evonorm_b0` is the stronger one.
 
+    Cost: the reductions of `group_norm`, and a sigmoid for each entry; no state.
+
     Example:
       >>> x = jnp.array([[[-4.0, 4.0], [-4.0, 4.0]]])  # one example, two positions, two channels
       >>> print(evonorm_s0(x, groups=1)[0, 0].round(3))
@@ -324,6 +340,9 @@ def evonorm_s1(
 
     Use it where `evonorm_s0` would go, without its v.
 
+    Cost: that of `evonorm_s0`: the reductions of `group_norm`, and a sigmoid for each entry; no
+    state.
+
     Example:
       >>> x = jnp.array([[[-4.0, 4.0], [-4.0, 4.0]]])
       >>> print(evonorm_s1(x, groups=1)[0, 0].round(3))
@@ -367,6 +386,8 @@ def evonorm_s2(
 
     Use it where `evonorm_s1` would go; the two agree on groups of mean 0, and this one bounds y by
     √(entries of a group) where the entries are nearly equal.
+
+    Cost: one reduction, where `evonorm_s1` has three, and a sigmoid for each entry; no state.
 
     Example:
       >>> x = jnp.array([[[-4.0, 4.0], [-4.0, 4.0]]])

@@ -47,6 +47,8 @@ def group_norm(
     Use it in convolutional networks whose batches are too small for `batch_norm`;
     `batch_channel_norm` puts batch statistics in front of it.
 
+    Cost: the reductions of `layer_norm`, over the positions and channels of a group; no state.
+
     Example:
       >>> print(group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), groups=2).round(3))
       [[-1.  1. -1.  1.]]

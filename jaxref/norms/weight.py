@@ -98,6 +98,9 @@ def weight_standardization(
     Use it with `group_norm` or `batch_channel_norm` where batches are too small for batch
     normalization; `scaled_weight_standardization` does without norm of the activations.
 
+    Cost: the reductions of `layer_norm` over the kernel, whatever the batch; once for all in
+    inference.
+
     Example:
       >>> print(weight_standardization(jnp.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])).round(3))
       [[-1.  0.]
@@ -164,6 +167,9 @@ def scaled_weight_standardization(
     small batches, `jaxref.optimizers.adaptive_gradient_clip`; `weight_standardization` is for
     networks that normalise activations as well.
 
+    Cost: three reductions over the kernel, whatever the batch, and none over activations; once for
+    all in inference.
+
     Example:
       >>> print(scaled_weight_standardization(jnp.array([[1.0], [3.0]]), jnp.array([2.0])).round(3))
       [[-1.414]
@@ -220,6 +226,9 @@ def weight_normalization(
     encryption, or in recurrent and generative models. `scaled_weight_standardization` also centres;
     `spectral_normalization` bounds the kernel as a whole.
 
+    Cost: one reduction over the kernel, whatever the batch, and none over activations; once for all
+    in inference.
+
     Example:
       >>> print(weight_normalization(jnp.array([[3.0], [4.0]]), jnp.array([10.0])))
       [[6.]
@@ -257,8 +266,10 @@ def nonlinearity_gain(name: str) -> float:
     Raises:
       ValueError: an unknown name.
 
-    Multiply the activation by it, or the kernel that reads it (`scaled_weight_standardization`);
+    Use it to multiply an activation, or the kernel that reads it (`scaled_weight_standardization`);
     `estimate_nonlinearity_gain` serves for any other function.
+
+    Cost: a look-up, before training.
 
     Example:
       >>> print(round(nonlinearity_gain("relu"), 4), round(nonlinearity_gain("silu"), 4))
@@ -291,6 +302,8 @@ def estimate_nonlinearity_gain(
       ValueError: `num_samples` below 2.
 
     Use it where `nonlinearity_gain` has no entry.
+
+    Cost: the function of n random numbers, once.
 
     Example:
       >>> gain = estimate_nonlinearity_gain(jax.nn.relu, jax.random.key(0))
@@ -327,6 +340,8 @@ def nf_residual_scales(
 
     Use it for residual networks of `scaled_weight_standardization` layers, whose signal grows as
     that of a batch-normalised one does, in a saw-tooth.
+
+    Cost: two constants a block, before training.
 
     Example:
       >>> [(round(scale.beta ** 2, 2), scale.is_transition) for scale in nf_residual_scales([2, 2])]

@@ -49,6 +49,8 @@ def weight_compander(v: ArrayLike, a: ArrayLike, b: ArrayLike) -> Array:
     Use it against overfitting, with or without weight decay, dropout and augmentation, through
     `weight_compander_init` and `compand_parameters`; `power_propagation` does the opposite at zero.
 
+    Cost: an arctangent for each weight in every pass, and a copy of the weights.
+
     Example:
       >>> print(weight_compander(jnp.array([-1.0, 0.0, 1.0]), 4 / jnp.pi, 1.0))
       [-1.  0.  1.]
@@ -79,6 +81,8 @@ def weight_compander_inverse(w: ArrayLike, a: ArrayLike, b: ArrayLike) -> Array:
       TypeError: `w` is not floating point.
 
     Use it to compand weights that are there already, such as those of an initializer.
+
+    Cost: a tangent for each weight, once.
 
     Example:
       >>> print(weight_compander_inverse(jnp.array([0.199, 1.571]), 2.0, 1.0).round(2))
@@ -119,8 +123,12 @@ def weight_compander_init(
         structure.
       TypeError: a leaf of the mask that is not a boolean.
 
-    Train the parameters v, with `compand_parameters` inside of the loss, and apply that once when
-    training is over. Weight decay in the optimizer acts on v.
+    Use it before training: train the parameters v, with `compand_parameters` inside of the loss,
+    and apply that once when training is over.
+
+    Cost: a tangent for each weight of the mask, once; two numbers a leaf.
+
+    Weight decay in the optimizer acts on v.
 
     Example:
       >>> weights = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
@@ -172,6 +180,8 @@ def compand_parameters(params: Any, companders: Mapping[str, Compander]) -> Any:
 
     Use it inside of the loss, and once on the trained parameters, which then need no companders.
 
+    Cost: an arctangent for each companded weight in every pass, and a copy of the weights.
+
     Example:
       >>> params, companders = weight_compander_init({"kernel": jnp.ones((1, 2))})
       >>> print(compand_parameters(params, companders)["kernel"])
@@ -211,6 +221,8 @@ def power_propagation(v: ArrayLike, alpha: ArrayLike = 2.0) -> Array:
 
     Use it for weights that are to be pruned, or to compare `weight_compander` with, which moves
     small weights away from zero.
+
+    Cost: a power for each weight in every pass, and a copy of the weights.
 
     Example:
       >>> print(power_propagation(jnp.array([-0.1, 2.0])).round(3))

@@ -54,6 +54,8 @@ def project_out_radial(
     Use it on the steps of any optimizer where the loss does not depend on the length of w, before
     a normalization layer for example; `adamp` and `sgdp` find these weights by themselves.
 
+    Cost: two sums over the weights, with products; no state.
+
     Example:
       >>> print(project_out_radial(jnp.array([3.0, 1.0]), jnp.array([0.0, 2.0])).round(5))
       [3. 0.]
@@ -113,7 +115,9 @@ def scale_by_adamp(
         or a channel axis that a leaf does not have.
       TypeError: `mu_dtype` is not floating point.
 
-    `adamp` is the whole optimizer; this is for an `optax.chain` of one's own.
+    Use it in an `optax.chain` of one's own; `adamp` is the whole optimizer.
+
+    Cost: Adam's two moments for each parameter; four sums over each array besides.
 
     Example:
       >>> direction = scale_by_adamp()
@@ -198,6 +202,8 @@ def adamp(
     Use it for networks with normalization layers, convolutional ones above all, where AdamW's
     effective steps fade too early. The default values are the authors'.
 
+    Cost: two moments for each parameter, one gradient a step; four sums over each array besides.
+
     Example:
       >>> optimizer = adamp(0.1)
       >>> x = jnp.array([[2.0], [-2.0]])
@@ -273,6 +279,8 @@ def sgdp(
 
     Use it where SGD with momentum trains a network with normalization layers; `sgdw` is the same
     without the projection, up to the factor of the decay.
+
+    Cost: one momentum for each parameter, one gradient a step; four sums over each array besides.
 
     Example:
       >>> optimizer = sgdp(0.1, momentum=0.9)

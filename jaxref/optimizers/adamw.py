@@ -67,9 +67,12 @@ def scale_by_adam(
         than m.
       TypeError: `mu_dtype` is not floating point.
 
-    `adamw` is the whole optimizer; this is its direction, for an `optax.chain` of one's own.
-    `optax.scale_by_adam` has the same steps for float32 parameters; for bfloat16 ones it keeps v
-    in bfloat16, where v cannot follow the squares at b2 = 0.999.
+    Use it in an `optax.chain` of one's own; `adamw` is the whole optimizer.
+
+    Cost: two moments for each parameter, v in at least float32; elementwise work.
+
+    `optax.scale_by_adam` has the same steps for float32 parameters; for bfloat16 ones it keeps v in
+    bfloat16, where v cannot follow the squares at b2 = 0.999.
 
     Example:
       >>> direction = scale_by_adam()
@@ -145,9 +148,13 @@ def adamw(
         missing where `weight_decay` needs them.
       TypeError: `mu_dtype` is not floating point.
 
-    The first optimizer to try. `adamwr` adds warm restarts and a decay that knows the length of
-    the run; `adam_8bit` needs a quarter of the memory. With bfloat16 gradients
-    `optax.inject_hyperparams` wants `hyperparam_dtype=jnp.float32`: b2 = 0.999 in bfloat16 is 1.
+    Use it first: it is what the others are measured by. `lion` has half of its state and
+    `adam_8bit` a quarter; `adamwr` adds warm restarts and a decay that knows the length of the run.
+
+    Cost: two moments for each parameter, 8 bytes in float32; one gradient a step.
+
+    With bfloat16 gradients `optax.inject_hyperparams` wants `hyperparam_dtype=jnp.float32`: in
+    bfloat16, b2 = 0.999 is 1.
 
     Example:
       >>> optimizer = adamw(0.1, weight_decay=0.5)
@@ -203,6 +210,8 @@ def sgdw(
 
     Use it where plain SGD with momentum works well, image models with batch norm above all;
     `sgdp` keeps the momentum from growing the norms of scale-invariant weights.
+
+    Cost: one momentum for each parameter, half of the state of `adamw`; one gradient a step.
 
     Example:
       >>> optimizer = sgdw(0.1, weight_decay=0.5)
@@ -262,7 +271,9 @@ def adamwr(
       TypeError: `mu_dtype` is not floating point.
 
     Use it where good parameters are wanted at several moments of one run: the end of each
-    period. With the main job, take `schedule.name=constant_schedule`.
+    period. In `jaxref.train`, take `schedule.name=constant_schedule`.
+
+    Cost: that of `adamw`: two moments for each parameter, one gradient a step.
 
     Example:
       >>> optimizer = adamwr(0.1, initial_period=4, weight_decay=0.5)
@@ -309,7 +320,10 @@ def sgdwr(
         missing where `weight_decay` needs them.
       TypeError: `mu_dtype` is not floating point.
 
-    `adamwr` with SGD for Adam; see there.
+    Use it as `adamwr`, for good parameters at several moments of one run, where SGD with momentum
+    trains better than Adam.
+
+    Cost: that of `sgdw`: one momentum for each parameter, one gradient a step.
 
     Example:
       >>> optimizer = sgdwr(0.1, initial_period=4, weight_decay=0.5)

@@ -82,6 +82,11 @@ def first_order_bilevel_init(
     Returns:
       the `BilevelState`; u is a copy of w, so that the whole state can be donated.
 
+    Use it once, before the first `first_order_bilevel_step`; with `lisa` as the optimizer of w and
+    of u their moments stay small.
+
+    Cost: a copy of w, and the states of the three optimizers.
+
     Example:
       >>> sgd = optax.sgd(0.1)
       >>> state = first_order_bilevel_init(
@@ -148,8 +153,11 @@ def first_order_bilevel_step(
     Raises:
       ValueError: `penalty` is a number that is not positive and finite.
 
-    Use it where λ has too many entries for a search; a step costs one gradient of L1 and two of L2,
-    and u takes the memory of w and its moments once more, of which `lisa` saves most moments.
+    Use it where λ has too many entries for a search, which trains anew for each candidate;
+    `data_reweighting_losses` makes the two losses for weights of data sources.
+
+    Cost: one gradient of L1 and two of L2 a step; u takes the memory of w and its moments once
+    more, of which `lisa` saves most moments.
 
     Example:
       >>> problem = lambda l, w, batch: (w - 1) ** 2, lambda l, w, batch: (w - l) ** 2
@@ -233,6 +241,11 @@ def penalty_schedule(
     Raises:
       ValueError: a number out of its range.
 
+    Use it as the `penalty` of `first_order_bilevel_step` in runs of several outer iterations, whose
+    bias of O(1/a) is to fall; a plain number will do where one a is known to work.
+
+    Cost: one power a step.
+
     Example:
       >>> schedule = penalty_schedule(0.5, transition_steps=10)
       >>> print(schedule(0), schedule(9), schedule(10))
@@ -268,6 +281,12 @@ def data_reweighting_losses(
 
     Raises:
       ValueError: when called, `source_losses` of another shape than λ, or λ that is no vector.
+
+    Use it to find how much of each data source to train on; for other λ give
+    `first_order_bilevel_step` two losses of one's own.
+
+    Cost: K numbers besides the model; a step evaluates the source losses and their gradients twice,
+    at w and at u.
 
     Example:
       >>> outer_loss, inner_loss = data_reweighting_losses(

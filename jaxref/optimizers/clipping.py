@@ -43,9 +43,12 @@ def adaptive_gradient_clip(
       ValueError: a number out of its range, an axis that a leaf does not have; in `update`, params
         that are missing or of another structure or shape than the gradients.
 
-    Put it first in an `optax.chain`. It lets networks without normalisation train at large rates;
-    the paper does not clip the last linear layer, which is `optax.masked`'s to leave out.
+    Use it first in an `optax.chain`, to train networks without normalisation at large rates;
     `optax.clip_by_global_norm` knows no weights and one threshold for everything.
+
+    Cost: two passes over gradients and weights for their norms; no state.
+
+    The paper does not clip the last linear layer, which is `optax.masked`'s to leave out.
 
     Example:
       >>> clip = adaptive_gradient_clip(0.1)

@@ -41,8 +41,7 @@ def distillation_value_and_grads(
 
         (l_ce, l_kd), (∂l_ce/∂x, ∂l_kd/∂x)
 
-    One pass forward and two backward, where two calls of `jax.value_and_grad` would go forward
-    twice. The losses are one function, since what they share is the student's logits.
+    The losses are one function, since what they share is the student's logits.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs) -> (task_loss, distillation_loss)`, two floating
@@ -57,6 +56,9 @@ def distillation_value_and_grads(
       ValueError: in the call, `loss_fn` returns no pair of scalars.
 
     Use it with `distillation_oriented_sgd`, whose momenta need the gradients apart.
+
+    Cost: one pass forward and two backward, where two calls of `jax.value_and_grad` would go
+    forward twice; two trees of gradients.
 
     Example:
       >>> student_losses = lambda x, teacher: (x**2 / 2, 3 * (x - teacher) ** 2 / 2)
@@ -130,8 +132,9 @@ def scale_by_distillation_oriented_momentum(
         missing where `weight_decay` needs them, or trees that do not match.
       TypeError: `mu_dtype` is not floating point.
 
-    `distillation_oriented_sgd` is the whole optimizer; this is its direction, for an `optax.chain`
-    of one's own.
+    Use it in an `optax.chain` of one's own; `distillation_oriented_sgd` is the whole optimizer.
+
+    Cost: two momenta for each parameter, as many as Adam has; a step needs two gradients.
 
     Example:
       >>> direction = scale_by_distillation_oriented_momentum()
@@ -191,6 +194,9 @@ def distillation_oriented_sgd(
 
     Use it in place of SGD with momentum where a student learns from labels and from a teacher;
     `distillation_value_and_grads` computes its gradients.
+
+    Cost: two momenta for each parameter; two gradients a step, from one pass forward and two
+    backward.
 
     Example:
       >>> optimizer = distillation_oriented_sgd(0.1, weight_decay=0.5)

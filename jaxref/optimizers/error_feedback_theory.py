@@ -37,6 +37,11 @@ def ef21_step_size(
       ValueError: a number out of its range, `client_smoothness` that is not a vector, an unknown
         `analysis`.
 
+    Use it as the constant learning rate of `ef21` where the smoothness constants are known, as
+    those of linear and logistic regression are; for networks, tune the rate instead.
+
+    Cost: O(n), once.
+
     Example:
       >>> print(ef21_step_size(1.0, jnp.array([1.0, 3.0]), 0.75))
       0.33333334
@@ -75,6 +80,11 @@ def clone_counts(client_smoothness: ArrayLike) -> Array:
 
     Raises:
       ValueError: a constant that is not positive, or not a vector of them.
+
+    Use it to see how uneven the clients are, or to follow the paper's proof; in training, the
+    `weights` of `ef21` have the same effect without clones.
+
+    Cost: O(n), once.
 
     Example:
       >>> print(clone_counts(jnp.array([1.0, 1.0, 7.0])))

@@ -56,7 +56,9 @@ def scale_by_exadam(
         than m.
       TypeError: `mu_dtype` is not floating point.
 
-    `exadam` is the whole optimizer; this is its direction, for an `optax.chain` of one's own.
+    Use it in an `optax.chain` of one's own; `exadam` is the whole optimizer.
+
+    Cost: two moments for each parameter, as Adam; elementwise work, somewhat more than Adam's.
 
     Example:
       >>> direction = scale_by_exadam(growing_step=False)
@@ -135,6 +137,8 @@ def exadam(
 
     Use it where Adam reacts too slowly to the present gradient. With a schedule that decays, take
     `growing_step=False`; `adamw` is the safe choice.
+
+    Cost: that of `adamw`: two moments for each parameter, one gradient a step.
 
     Example:
       >>> optimizer = exadam(0.01, weight_decay=0.5)

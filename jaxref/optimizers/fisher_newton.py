@@ -44,8 +44,7 @@ def fisher_newton(
         x ← x - (H + ‖g‖/γ I)⁻¹ g - lr wd x,     H = 1/n Σ_i g_i g_iᵀ,  γ ≤ lr
 
     with the gradients g_i of the n examples and their mean g, so that the step is no longer than
-    γ. H is applied through the n × n matrix of the g_i · g_j: memory and time are those of the n
-    gradients, not of a matrix as large as the parameters.
+    γ. H is applied through the n × n matrix of the g_i · g_j and never formed.
 
     `update` takes three extra arguments, all of the same batch:
 
@@ -85,6 +84,9 @@ def fisher_newton(
     step: with the search for large batches, without it for small ones, whose noise makes the
     search settle for steps that are too short. Under `optax.masked` let `value_fn` and
     `per_example_gradients` be of the masked tree.
+
+    Cost: n gradients at once and their products, O(n² d + n³) for d parameters; one more gradient
+    for each trial of γ; a state of two numbers.
 
     Example:
       >>> losses = lambda x: (x - jnp.array([1.0, 3.0])) ** 2 / 2

@@ -116,7 +116,10 @@ def scale_by_frugal(
       TypeError: `mu_dtype` is not floating point; `state_full` or `projection` is neither a name
         nor the object it stands for.
 
-    `frugal` is the whole optimizer; this is its direction, for an `optax.chain` of one's own.
+    Use it in an `optax.chain` of one's own; `frugal` is the whole optimizer.
+
+    Cost: `density` of the state for parameters that are split, and their basis, redrawn every
+    `update_gap` steps.
 
     Example:
       >>> direction = scale_by_frugal(projection="columns", density=0.5)
@@ -237,9 +240,9 @@ def frugal(
         every `update_gap` steps:  draw the basis P, from g and the key, and forget the moments
         x ← x - lr (a (Pᵀ(Adam(P(g))) + c sign(g - Pᵀ(P(g)))) + wd x)
 
-    The moments take `density` of Adam's memory, and still every direction of the space is trained
-    at every step: the update has full rank. Embeddings, the output layer, biases and scales, which
-    are few or need it, keep all of their moments: x ← x - lr (Adam(g) + wd x).
+    Only P(g) has moments, and still every direction of the space is trained at every step: the
+    update has full rank. Embeddings, the output layer, biases and scales, which are few or need it,
+    keep all of their moments: x ← x - lr (Adam(g) + wd x).
 
     Special cases: density 0 is signSGD with decoupled decay; density 1 is AdamW, but for "svd" and
     "random", where it is Adam in a rotated space; state_free="none" is BAdam for "blockwise", and
@@ -278,6 +281,9 @@ def frugal(
 
     Use it to pre-train where AdamW's moments do not fit. `adam_8bit` keeps all moments in a quarter
     of the memory; `lisa` leaves the rest of the parameters as they are.
+
+    Cost: `density` of `adamw`'s two moments for the kernels, all of them elsewhere; one gradient a
+    step, and a new basis every `update_gap` steps.
 
     Example:
       >>> optimizer = frugal(0.1, projection="rows", weight_decay=0.5)

@@ -36,6 +36,8 @@ def gradient_noise_weights(key: Array, batch_size: int, variance: ArrayLike) -> 
     Use it where large batches generalise worse than small ones; `large_batch_learning_rate` makes
     up for the covariance of the step by the learning rate, and comes first.
 
+    Cost: B random numbers; the gradient costs what it did.
+
     Example:
       >>> losses = jnp.array([0.5, 1.0, 2.0, 0.1])
       >>> z = gradient_noise_weights(jax.random.key(0), batch_size=4, variance=4096 / 128 - 1)

@@ -156,6 +156,9 @@ def gradient_regularized_newton(
     in float64 where accuracy matters; it is a `jax.lax.while_loop` and may be jitted, vmapped and
     sharded. `fisher_newton` is the step for mini-batches of larger models.
 
+    Cost: a Hessian a step, and for each trial a gradient and a factorization, O(d³); with n < d
+    factors O(n² d) a step.
+
     Example:
       >>> rosenbrock = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
       >>> result = gradient_regularized_newton(
@@ -321,6 +324,9 @@ def gradient_normalized_smoothness(
 
     Use it to compare Hessian approximations at a point: multiplying f and H by a number leaves it
     alone, and it is at least √(2 ‖∇f‖ / L) where the exact Hessian has the Lipschitz constant L.
+
+    Cost: 46 gradients for each direction in float32, 104 in float64; the arrays of all directions
+    at once.
 
     Example:
       >>> cube = lambda x: x**3

@@ -53,6 +53,8 @@ def fisher_hessian(losses_fn: Callable[[Any], Array]) -> HessianFn:
     Use it for likelihoods (logistic and softmax regression), of which H is the Fisher matrix where
     the model is right; it takes the gradient of every example and nothing of second order.
 
+    Cost: n passes backward at once, each through all examples; n gradients in memory.
+
     Example:
       >>> losses = lambda x: x * jnp.array([1.0, 3.0])
       >>> print((fisher_hessian(losses)(jnp.array(0.0)).factors ** 2).round(3))
@@ -81,6 +83,8 @@ def gauss_newton_hessian(residual_fn: Callable[[Any], Array]) -> HessianFn:
       the function x → H(x), as `HessianFactors` with m factors.
 
     Use it for least squares; `power_norm_hessian` is for other powers of the norm.
+
+    Cost: m passes backward through the residuals, at once; m arrays like x in memory.
 
     Example:
       >>> residual = lambda x: jnp.stack([x - 1, 3 * x])
@@ -113,6 +117,8 @@ def weighted_gauss_newton_log_sum_exp(
       ValueError: `smoothing` is not positive and finite.
 
     Use it for smooth maxima; it is positive semidefinite also where the scores are not convex.
+
+    Cost: m passes backward through the scores, at once; m arrays like x in memory.
 
     Example:
       >>> scores = lambda x: jnp.stack([x, -x])
@@ -156,6 +162,8 @@ def power_norm_hessian(
       ValueError: `p` is below 2 or not finite.
 
     Use it for nonlinear equations, of which larger powers weigh the far ones more.
+
+    Cost: m + 1 passes backward, and as many arrays like x in memory; one with `fisher_term_only`.
 
     Example:
       >>> rank_one = power_norm_hessian(lambda x: x, 4, fisher_term_only=True)

@@ -69,7 +69,10 @@ def scale_by_lion_k(
         another structure or shape than m.
       TypeError: `kappa` is neither a `Kappa` nor a name, or `mu_dtype` is not floating point.
 
-    `lion_k` is the whole optimizer; this is its direction, for an `optax.chain` of one's own.
+    Use it in an `optax.chain` of one's own; `lion_k` is the whole optimizer.
+
+    Cost: one momentum for each parameter, half of Adam's state; besides, what the subgradient of K
+    takes.
 
     Example:
       >>> direction = scale_by_lion_k("l2")
@@ -148,6 +151,9 @@ def lion_k(
     Use it to choose the geometry: `l2` for a norm ball, `entropy` or `huber` for steps that vanish
     at a minimum, `top_k_l1` for sparse steps; `lion` is the plain optimizer.
 
+    Cost: one momentum for each parameter, one gradient a step; reductions over the parameters where
+    K is a norm other than `l1`.
+
     Example:
       >>> optimizer = lion_k(0.1, "l2", weight_decay=2.0)
       >>> x = jnp.array([1.0, 0.0])
@@ -184,7 +190,9 @@ def scale_by_lion(
         than m.
       TypeError: `mu_dtype` is not floating point.
 
-    `lion` is the whole optimizer; this is its direction, for an `optax.chain` of one's own.
+    Use it in an `optax.chain` of one's own; `lion` is the whole optimizer.
+
+    Cost: one momentum for each parameter, half of Adam's state; elementwise work without a root.
 
     Example:
       >>> direction = scale_by_lion()
@@ -228,8 +236,7 @@ def lion(
       mask: tree of booleans, or a function that makes one of the gradients: what to decay.
 
     Returns:
-      the transformation; its updates have the gradients' types. Its state is one tree like the
-      parameters, half of Adam's.
+      the transformation; its updates have the gradients' types.
 
     Raises:
       ValueError: a number out of its range; in `update`, trees that do not match, or params
@@ -238,6 +245,8 @@ def lion(
 
     Use it for large batches, where it needs less memory and time per step than AdamW
     (`lion_hyperparameters_from_adamw` translates the setting); `lion_k` has other geometries.
+
+    Cost: one momentum for each parameter, half of the state of `adamw`; one gradient a step.
 
     Example:
       >>> optimizer = lion(0.1, weight_decay=0.5)
@@ -278,6 +287,11 @@ def lion_hyperparameters_from_adamw(
 
     Raises:
       ValueError: a number out of its range.
+
+    Use it where `adamw` has been tuned and `lion` has not, as the middle of a short search; try
+    factors from 3 to 10.
+
+    Cost: two multiplications, before the run.
 
     Example:
       >>> lion_hyperparameters_from_adamw(1e-3, 0.1)
@@ -338,6 +352,8 @@ def lion_k_lyapunov(
 
     Use it to watch training (is it still descending?), or to test an integrator.
 
+    Cost: K, K* and an inner product over the parameters; no gradient.
+
     Example:
       >>> x, m = jnp.array([0.5, -0.2]), jnp.array([-0.3, 0.1])
       >>> h = lion_k_lyapunov(
@@ -378,6 +394,11 @@ def box_constraint_violation(params: optax.Params, weight_decay: float | Array) 
 
     Raises:
       ValueError: `weight_decay` is negative or not finite.
+
+    Use it to see whether the parameters have come into the box yet, before which `lion` mostly
+    decays them; `lion_k_lyapunov` watches the loss as well.
+
+    Cost: one maximum over the parameters.
 
     Example:
       >>> print(box_constraint_violation({"w": jnp.array([0.3, -3.0])}, weight_decay=0.5))

@@ -136,6 +136,8 @@ def huber(epsilon: float = 1e-3) -> Kappa:
 
     Use it for Lion with steps that vanish at a minimum; `entropy` is the smooth form.
 
+    Cost: elementwise, as `l1`; no norm to compute.
+
     Example:
       >>> print(huber(0.5).subgradient(jnp.array([0.25, -3.0])))
       [ 0.5 -1. ]
@@ -170,6 +172,8 @@ def relu_truncated(threshold: float = 1e-3) -> Kappa:
 
     Use it for sparse parameters: with weight decay, K* is an l1 penalty.
 
+    Cost: elementwise, as `l1`; no norm to compute.
+
     Example:
       >>> print(relu_truncated(0.5).subgradient(jnp.array([0.25, -3.0])))
       [ 0. -1.]
@@ -203,6 +207,8 @@ def lp(p: float = 1.5) -> Kappa:
 
     Use it to choose between steps of equal size in every coordinate and steps that follow the
     gradient; `l2` is p = 2.
+
+    Cost: a maximum and a sum over all parameters a step, and two powers for each of them.
 
     Example:
       >>> print(lp(2).subgradient(jnp.array([3.0, -4.0])))
@@ -257,6 +263,8 @@ def group_l2(axis: int | tuple[int, ...] = -1) -> Kappa:
 
     Use it where a neuron or a channel is the unit; `l2` has one group for everything.
 
+    Cost: a maximum and a sum over each group a step.
+
     Example:
       >>> print(group_l2().subgradient(jnp.array([[3.0, -4.0], [0.0, 2.0]])))
       [[ 0.6 -0.8]
@@ -299,8 +307,7 @@ def top_k_l1(k: int = 1) -> Kappa:
 
     Args:
       k: at least 1. 1 (the default) is the max norm, whose K* confines u to the l1 ball; as many as
-        there are coordinates, or more, is `l1`. Whatever k, finding the k-th magnitude takes one
-        reduction over the tree per bit.
+        there are coordinates, or more, is `l1`.
 
     Returns:
       the `Kappa`, for `lion_k`.
@@ -309,6 +316,9 @@ def top_k_l1(k: int = 1) -> Kappa:
       ValueError: `k` is not an integer of at least 1.
 
     Use it for sparse steps; `relu_truncated` cuts at a fixed size instead.
+
+    Cost: a count over all parameters for each bit of the k-th magnitude, 31 in float32, whatever k;
+    no sort.
 
     Example:
       >>> print(top_k_l1(2).subgradient(jnp.array([3.0, -4.0, 0.5])))

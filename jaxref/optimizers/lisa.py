@@ -49,7 +49,6 @@ def scale_by_lisa(
     that lasts. That of a layer starts afresh whenever layers are drawn, as in the paper's
     experiments, with a count of steps of its own: a kept one would have to be stored for all
     layers. So put a schedule of the learning rate, and weight decay, behind it, as `lisa` does.
-    Gradients are still computed for all layers.
 
     Args:
       direction: g → u(g), such as `scale_by_adam`. It acts on layers and the rest apart.
@@ -68,8 +67,11 @@ def scale_by_lisa(
       ValueError: a number out of its range; layers whose leaves differ in shape or type; in
         `update`, params missing, or of another structure or shape than the gradients.
 
-    Use it where the moments do not fit: for `active_layers` of L layers it stores that fraction of
-    them. `lisa` is the whole optimizer.
+    Use it in an `optax.chain` of one's own where the moments of all layers do not fit; `lisa` is
+    the whole optimizer, and `frugal` moves also what has no moments.
+
+    Cost: the state of `active_layers` of the L layers and of all that is in none; the gradients of
+    all layers.
 
     Example:
       >>> params = {"blocks": [jnp.ones(2), jnp.ones(2), jnp.ones(2)], "head": jnp.ones(2)}
@@ -175,6 +177,9 @@ def lisa(
 
     Use it to fine-tune a deep model whose moments do not fit: with 2 of 32 layers they take a
     sixteenth. For w and u of `first_order_bilevel_step` give it two keys.
+
+    Cost: two moments for `active_layers` of the L layers and for all that is in none; the gradients
+    of all layers.
 
     Example:
       >>> params = {"blocks": [jnp.ones(2), jnp.ones(2), jnp.ones(2)], "head": jnp.ones(2)}

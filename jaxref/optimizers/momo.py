@@ -130,6 +130,9 @@ def momo_preconditioned(
 
     Use it for a D of one's own; `momo` has none and `momo_adam` has Adam's.
 
+    Cost: one momentum for each parameter and the state of D; three inner products a step, no
+    further gradient.
+
     Example:
       >>> adagrad = MomoPreconditioner(
       ...     init=lambda x: jnp.zeros_like(x),
@@ -271,6 +274,8 @@ def momo(
     Use it where SGD with momentum works well but its learning rate is not known to a factor of
     ten; `momo_adam` where Adam works well.
 
+    Cost: one momentum for each parameter, one gradient a step; three inner products besides.
+
     Example:
       >>> optimizer = momo(learning_rate=10.0)
       >>> x = jnp.array([3.0, -4.0])
@@ -343,6 +348,8 @@ def momo_adam(
       TypeError: `mu_dtype` is not floating point.
 
     Use it where Adam works well but its learning rate or its schedule is not known.
+
+    Cost: two moments for each parameter, one gradient a step; three inner products besides.
 
     Example:
       >>> optimizer = momo_adam(learning_rate=10.0)

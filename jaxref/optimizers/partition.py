@@ -55,9 +55,15 @@ def train_only(
         shape than its leaf.
       TypeError: a leaf of the mask is neither a boolean nor an array of booleans.
 
-    `optax.masked` by itself passes the gradients of other leaves on as their updates. A rule that
-    takes norms of whole leaves, as a trust ratio does, sees the frozen entries of a leaf that is
+    Use it to train a part of a model and freeze the rest to the bit, with masks as of
+    `norm_parameters_only`; `optax.masked` by itself passes the gradients of other leaves on as
+    their updates.
+
+    Cost: the state of `transform` for the leaves that are trained, and a boolean an entry for those
     trained in part.
+
+    A rule that takes norms of whole leaves, as a trust ratio does, sees the frozen entries of a
+    leaf that is trained in part.
 
     Example:
       >>> params = {"norm": jnp.array([1.0]), "kernel": jnp.array([2.0, 2.0])}
@@ -130,8 +136,13 @@ def norm_parameters_only(
     Raises:
       ValueError: no leaf is selected.
 
-    With `train_only` it trains the normalisation alone; pass the function itself where a mask may
-    be one. Statistics that a layer gathers are no parameters and go on as they do.
+    Use it as the mask of `train_only`, to train the normalisation alone; `random_parameter_subset`
+    is its control.
+
+    Cost: a walk over the names, before training.
+
+    Pass the function itself where a mask may be one. Statistics that a layer gathers are no
+    parameters and go on as they do.
 
     Example:
       >>> layer = {"conv": {"kernel": 1.0, "bias": 0.0}, "norm": {"scale": 1.0, "bias": 0.0}}
@@ -191,6 +202,12 @@ def random_parameter_subset(
     Raises:
       ValueError: a channel with fewer entries than `count_per_channel`, `count_per_channel` no
         integer of at least 1, or a leaf without `channel_axis`.
+
+    Use it with `train_only` to tell whether `norm_parameters_only` owes its accuracy to γ and β or
+    to the number of parameters alone.
+
+    Cost: a random permutation of each channel, before training; a boolean for each entry of the
+    kernels.
 
     Example:
       >>> params = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}

@@ -135,6 +135,9 @@ def run_update_program(
 
     Use it to train with a program that `regularized_evolution` found, and to measure its fitness.
 
+    Cost: m and v for each parameter, used or not; the work of the statements, which `jax.jit`
+    fuses.
+
     Example:
       >>> w, zero = jnp.array([1.0, -2.0]), jnp.zeros(2)
       >>> update, m, v = run_update_program(lion_program, w, jnp.array([3.0, 0.1]), zero, zero, 0.1)
@@ -184,6 +187,8 @@ def simplify_update_program(program: UpdateProgram) -> UpdateProgram:
 
     Use it to read what a search found: in the paper's runs two thirds of the statements were
     redundant. What is nearly without effect has to be found by removing it and measuring.
+
+    Cost: a few passes over the statements, on the host.
 
     Example:
       >>> print(simplify_update_program(UpdateProgram((
@@ -266,6 +271,9 @@ def regularized_evolution(
     Use it with fitness that costs seconds at most: the paper needed 10^5 programs. `fitness` on
     tasks of several sizes, small to large, belongs to `funnel_selection`.
 
+    Cost: a call of `fitness` for each child that computes something new, `generations` + 1 at most;
+    the rest is on the host.
+
     Example:
       >>> length = lambda program: -len(program.statements)
       >>> key = jax.random.key(0)
@@ -330,6 +338,9 @@ def funnel_selection(
       ValueError: there is no task.
 
     Use it after `regularized_evolution`, whose fitness is a proxy, to choose what generalises.
+
+    Cost: a call of the first task for each program, and of each further one for those that are
+    left.
 
     Example:
       >>> length = lambda program: -len(program.statements)

@@ -66,8 +66,11 @@ def svd_projector(density: float = 0.25) -> Projector:
     Raises:
       ValueError: `density` is outside [0, 1].
 
-    Use it where the gradients are nearly of low rank. Each drawing costs a singular value
-    decomposition of each matrix; `column_projector` costs next to nothing.
+    Use it where the gradients are nearly of low rank; `column_projector` costs next to nothing,
+    `random_orthogonal_projector` no decomposition of the gradient.
+
+    Cost: a singular value decomposition of each matrix at each drawing; three products with the
+    basis a step, O(r c k) each.
 
     Example:
       >>> projector = svd_projector(0.5)
@@ -108,6 +111,9 @@ def random_orthogonal_projector(density: float = 0.25) -> Projector:
     Use it in place of `svd_projector` where its decomposition is too slow or its subspace hardly
     changes from one drawing to the next.
 
+    Cost: a QR factorization of a [min(r, c), k] matrix at each drawing; three products with the
+    basis a step, O(r c k) each.
+
     Example:
       >>> projector = random_orthogonal_projector(0.5)
       >>> basis = projector.draw(jax.random.key(0), 0, jnp.ones((6, 4)))
@@ -139,7 +145,9 @@ def column_projector(density: float = 0.25) -> Projector:
     Raises:
       ValueError: `density` is outside [0, 1].
 
-    The cheapest projector that divides every matrix; it needs no memory for its basis.
+    Use it where `block_projector` is too coarse: it is the cheapest that divides every matrix.
+
+    Cost: copies of the chosen columns, and one number for each as the basis; no products.
 
     Example:
       >>> projector = column_projector(0.5)
@@ -167,7 +175,9 @@ def row_projector(density: float = 0.25) -> Projector:
     Raises:
       ValueError: `density` is outside [0, 1].
 
-    `column_projector` for the inputs of a kernel `[in, out]` in place of its outputs.
+    Use it as `column_projector`, for the inputs of a kernel `[in, out]` in place of its outputs.
+
+    Cost: copies of the chosen rows, and one number for each as the basis; no products.
 
     Example:
       >>> projector = row_projector(0.5)
@@ -196,7 +206,10 @@ def random_coordinate_projector(density: float = 0.25) -> Projector:
     Raises:
       ValueError: `density` is outside [0, 1].
 
-    The finest choice of all; prefer `column_projector` for speed and for memory.
+    Use it for the finest choice of all; prefer `column_projector` for speed and for memory.
+
+    Cost: scattered reads and writes, and as many int32 as `low` has entries; a permutation of r c
+    numbers at each drawing.
 
     Example:
       >>> projector = random_coordinate_projector(0.5)
@@ -240,7 +253,10 @@ def block_projector(density: float = 0.25, order: str = "random") -> Projector:
       ValueError: `density` is outside [0, 1], or `order` is unknown; in use, an odd number of
         active arrays of one shape in mirror order.
 
-    The default of `frugal`: no cost of splitting, and the kernels keep their shapes.
+    Use it first, as `frugal` does by default: the kernels keep their shapes. Prefer
+    `column_projector` where every matrix should have moments for a part of itself.
+
+    Cost: copies of the active arrays, and one number for each as the basis; no products.
 
     Example:
       >>> projector = block_projector(0.5, order="descending")

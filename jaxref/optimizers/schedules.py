@@ -73,6 +73,8 @@ def cosine_restarts(
     Use it as a learning rate with `peak_value`, or through `adamwr`, which fits the decay to the
     periods too. `optax.sgdr_schedule` lists its periods one by one, and each may differ.
 
+    Cost: one formula a step; no table of periods.
+
     Example:
       >>> print(cosine_restarts(2)(jnp.arange(7)).round(2))
       [1.   0.5  1.   0.85 0.5  0.15 1.  ]
@@ -111,6 +113,11 @@ def normalized_weight_decay(
 
     Raises:
       ValueError: a number out of its range.
+
+    Use it to carry a tuned decay over to a run of another length or batch size; `adamwr` normalises
+    its decay for each period by itself.
+
+    Cost: one formula, before the run.
 
     Example:
       >>> normalized_weight_decay(0.05, batch_size=100, num_examples=10_000, epochs=4)
@@ -151,8 +158,12 @@ def large_batch_learning_rate(
     Raises:
       ValueError: a number out of its range, or another rule.
 
+    Use it where the rate was tuned for another batch size; `regime_adaptation` lets the run take as
+    many steps as before.
+
+    Cost: one product; it leaves the step as it is.
+
     Such rates may need clipped gradients at first (`optax.clip_by_global_norm`), as in the paper.
-    `regime_adaptation` lets the run take as many steps as before.
 
     Example:
       >>> large_batch_learning_rate(0.1, base_batch_size=128, batch_size=2048)
@@ -192,6 +203,8 @@ def regime_adaptation(schedule: optax.Schedule, batch_ratio: ArrayLike) -> optax
 
     Use it where a large batch generalises worse than the small one at the same epochs: the paper
     finds the number of steps behind it, not the batch.
+
+    Cost: one division a call; but the run goes through the data r times as often.
 
     Example:
       >>> drops = optax.piecewise_constant_schedule(0.1, {80: 0.1, 120: 0.1})

@@ -40,8 +40,8 @@ def sam_value_and_grad(
         e = argmax ⟨g, e⟩ over ‖e‖_p ≤ rho          (see `sam_perturbation`)
         the result: L(w) and ∇L(w + e), e taken as a constant
 
-    It stands where `jax.value_and_grad(loss_fn)` would; any optimizer takes its gradients. A step
-    costs two gradients. Both see the same arguments, and so the same dropout keys.
+    It stands where `jax.value_and_grad(loss_fn)` would; any optimizer takes its gradients. Both
+    passes see the same arguments, and so the same dropout keys.
 
     Args:
       loss_fn: (params, *args, **kwargs) → the loss, a scalar, or (loss, aux) with `has_aux`.
@@ -80,10 +80,14 @@ def sam_value_and_grad(
         `micro_batches` does not divide, or leading axes of different lengths.
       TypeError: as `jax.value_and_grad`, for params that are not floating point.
 
+    Use it where generalisation matters more than time, or where labels are noisy; `saf_loss` and
+    `mesa_loss` aim at the same for about one gradient.
+
+    Cost: two gradients a step, one after the other, and a second copy of the parameters; no state.
+
     w + e is rounded to the type of w: keep params in float32 (and cast in `loss_fn`), in bfloat16
-    most of e is lost. Under `jit` with a sharded batch and no `axis_name`, g is the gradient of
-    the whole batch. Use SAM where generalisation matters more than time, or where labels are
-    noisy; `saf_loss` and `mesa_loss` aim at the same for about one gradient.
+    most of e is lost. Under `jit` with a sharded batch and no `axis_name`, g is the gradient of the
+    whole batch.
 
     Example:
       >>> loss = lambda w, x: jnp.mean((x @ w) ** 2) / 2
@@ -188,7 +192,9 @@ def sam_perturbation(
       ValueError: a number out of its range; params that are missing where `adaptive` needs them,
         or of another structure or shape than the gradients.
 
-    `sam_value_and_grad` is the whole method; this is for a loop of one's own.
+    Use it for a loop of one's own; `sam_value_and_grad` is the whole method.
+
+    Cost: a norm over all parameters, and an array for each of them.
 
     Example:
       >>> print(sam_perturbation(jnp.array([3.0, -4.0]), rho=0.5))
@@ -244,6 +250,8 @@ def sharpness(
 
     Use it to compare minima at one rho; the adaptive form to compare networks whose layers differ
     in scale.
+
+    Cost: `steps` gradients and two evaluations of the loss; a second copy of the parameters.
 
     Example:
       >>> print(sharpness(lambda w: 3 * jnp.sum(w**2), jnp.array([1.0, 0.0]), rho=1.0))

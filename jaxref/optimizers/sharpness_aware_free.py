@@ -57,7 +57,9 @@ def trajectory_loss(
       ValueError: shapes that differ, an `axis` out of range, `temperature` not above 0.
       TypeError: logits that are not floating point.
 
-    `saf_loss` and `mesa_loss` add it to a loss; take it alone for a past of one's own.
+    Use it alone for a past of one's own; `saf_loss` and `mesa_loss` add it to a loss.
+
+    Cost: two softmaxes over the classes.
 
     Example:
       >>> print(trajectory_loss(jnp.array([[0.0, 0.0]]), jnp.array([[5.0, 0.0]])))
@@ -108,8 +110,7 @@ def saf_memory_init(
         classifier, `(length, vocabulary)` for a language model whose example is a sequence.
       lag: at least 1, how many epochs back the past lies. Default 3, the authors'; they take 2
         for ImageNet.
-      dtype: the floating type to store logits in. Default bfloat16: the memory is
-        2 lag num_examples classes bytes.
+      dtype: the floating type to store logits in. Default bfloat16.
 
     Returns:
       the `SAFState`. To shard it with the data, over the examples, take
@@ -120,7 +121,10 @@ def saf_memory_init(
       ValueError: a size that is no integer of at least 1.
       TypeError: `dtype` is not floating point.
 
-    Where this is too much memory, `mesa_loss` does without.
+    Use it once, before training with `saf_loss`; where this is too much memory, `mesa_loss` does
+    without.
+
+    Cost: 2 lag · num_examples · classes bytes in bfloat16, and 4 lag · num_examples for the epochs.
 
     Example:
       >>> saf_memory_init(50_000, 10, lag=2).logits.shape
@@ -186,11 +190,14 @@ def saf_loss(
       ValueError: shapes that do not match, a number out of its range.
       TypeError: `losses` or `logits` not floating point, `example_ids` or `epoch` no integers.
 
-    A step does the work of one without SAF and reads and writes one row of memory per example (on
-    CPU, XLA copies the table besides).
+    Use it for flat minima at the cost of one gradient, where the same examples come again in every
+    epoch; `mesa_loss` needs no memory by example, `sam_value_and_grad` a second gradient instead.
+
+    Cost: one gradient a step; the stored outputs of all examples, of which a step reads and writes
+    a row for each in the batch (on CPU, XLA copies the table besides).
+
     Under `jit`, donate the state. With the state sharded over the examples inside `shard_map`, ids
-    count from the shard's first example, and nothing is communicated. `mesa_loss` needs no memory
-    by example; `sam_value_and_grad` computes a second gradient instead.
+    count from the shard's first example, and nothing is communicated.
 
     Example:
       >>> state = saf_memory_init(num_examples=100, logits_shape=2, lag=1)
@@ -272,8 +279,9 @@ def mesa_loss(
       ValueError: shapes that do not match, a number out of its range.
       TypeError: `losses` or logits not floating point, `epoch` no integer.
 
-    A step takes one more forward pass than without and the memory of one more set of parameters;
-    use it where `saf_loss`'s memory by example is too large or examples do not come again.
+    Use it where the memory by example of `saf_loss` is too large or examples do not come again.
+
+    Cost: one more forward pass a step, and one more set of parameters.
 
     Example:
       >>> logits, average = jnp.array([[0.0, 0.0]]), jnp.array([[5.0, 0.0]])

@@ -57,7 +57,9 @@ def target_surrogate(
       ValueError: shapes that do not match, or an η that is not positive and finite.
       TypeError: arrays that are not floating point.
 
-    `sso_step` builds and minimises it; use it alone for an inner loop of one's own.
+    Use it alone for an inner loop of one's own; `sso_step` builds and minimises it.
+
+    Cost: one pass over the targets; no call of ℓ.
 
     Example:
       >>> d, z = jnp.array([[1.0, -1.0]]), jnp.array([[0.0, 0.0]])
@@ -112,9 +114,14 @@ def armijo_gradient_descent(
     Raises:
       ValueError: a number out of its range.
 
-    The inner optimizer of `sso_step`, for any deterministic f. Other than
-    `optax.scale_by_backtracking_linesearch` it stays where the search fails instead of taking the
-    last trial, recovers from trials that are not finite, and holds s in float32 for any parameters.
+    Use it as the inner optimizer of `sso_step`, or for any deterministic f whose step size is not
+    known.
+
+    Cost: one evaluation of f for each trial, at least one a step; a state of one number.
+
+    Other than `optax.scale_by_backtracking_linesearch` it stays where the search fails instead of
+    taking the last trial, recovers from trials that are not finite, and holds s in float32 for any
+    parameters.
 
     Example:
       >>> optimizer, f = armijo_gradient_descent(init_step=1.0), lambda x: 2 * x**2
@@ -224,8 +231,12 @@ def sso_step(
         an unknown `inner` or `divergence`.
       TypeError: targets that are not floating point.
 
-    Use it where ℓ costs more than f, or to make the most of a full batch. Under jit a sharded batch
-    gives the mean over all of it.
+    Use it where ℓ costs more than f, or to make the most of a full batch.
+
+    Cost: one gradient of ℓ a step, and up to `inner_steps` gradients of f; with "armijo" an
+    evaluation of f for each trial besides.
+
+    Under jit a sharded batch gives the mean over all of it.
 
     Example:
       >>> squared = lambda z, batch: jnp.sum((z - batch["y"]) ** 2, axis=-1) / 2
@@ -318,7 +329,10 @@ def target_step_schedule(
     Raises:
       ValueError: an unknown kind, a number out of its range, or `total_steps` missing.
 
-    The falling ones are for minibatches with noise; the exponential one needs no knowledge of it.
+    Use it for the `eta` of `sso_step`: constant for a full batch, one of the falling ones for
+    minibatches with noise, of which the exponential one needs no knowledge.
+
+    Cost: one formula a step.
 
     Example:
       >>> schedule = target_step_schedule(2.0, "inverse_sqrt")

@@ -46,6 +46,8 @@ def sample_key(
     Use it with `spsa_projected_gradient` where the bytes travel by a transport of one's own;
     `decentralized_spsa_step` does it inside of one program.
 
+    Cost: three hashes; nothing is communicated.
+
     Example:
       >>> key = sample_key(jax.random.key(0), step=3, machine=1)
       >>> print(jax.random.normal(key, 2))
@@ -73,8 +75,7 @@ def spsa_projected_gradient(
 
         g = (L(θ + ε z) - L(θ - ε z)) / (2 ε),     z ~ N(0, I) from the key
 
-    g z is an unbiased estimate of ∇L up to O(ε²), and exact along z where L is quadratic. The
-    perturbed parameters exist one pair member after the other, and z one leaf at a time.
+    g z is an unbiased estimate of ∇L up to O(ε²), and exact along z where L is quadratic.
 
     Args:
       loss_fn: L, a function of the parameters to a scalar; it must be the same function both
@@ -97,6 +98,9 @@ def spsa_projected_gradient(
 
     Use it where there is no memory for a backward pass or no derivative at all; the estimate is
     d-dimensional noise around the gradient, and wants small learning rates.
+
+    Cost: two evaluations of the loss, one after the other, and no backward pass; one perturbed copy
+    of the parameters, and z of one leaf.
 
     Example:
       >>> x, key = jnp.array([3.0, -1.0]), jax.random.key(0)
@@ -139,7 +143,10 @@ def encode_projected_gradient(
       ValueError: `bits` is neither 8 nor 9, `log_scale` out of its range.
       TypeError: `gradient` is not floating point.
 
-    Scale a loss whose slopes lie outside of the range rather than take another s.
+    Use it to send what `spsa_projected_gradient` measured; scale a loss whose slopes lie outside of
+    the range rather than take another s.
+
+    Cost: elementwise; one byte a gradient, two with 9 bits.
 
     Example:
       >>> codes = encode_projected_gradient(jnp.array([1.0, -1.0, 0.0, jnp.nan]))
@@ -182,7 +189,9 @@ def decode_projected_gradient(
       ValueError: `bits` is neither 8 nor 9, `log_scale` out of its range.
       TypeError: `codes` are not integers.
 
-    `shared_randomness_update` decodes by itself; this is for looking at a log of bytes.
+    Use it to look at a log of bytes; `shared_randomness_update` decodes by itself.
+
+    Cost: one look-up for each code.
 
     Example:
       >>> print(decode_projected_gradient(jnp.array([64, 192, 72, 0, 128], jnp.uint8)))
@@ -253,8 +262,10 @@ def shared_randomness_update(
       TypeError: identifiers are not integers, a leaf to update is not floating point.
 
     Use it where processes exchange bytes by a transport of their own, and to replay a log of them
-    from a checkpoint: a newcomer who does has the bits of those that took part. Memory: one leaf's
-    z and its float32 copy, however many messages there are.
+    from a checkpoint: a newcomer who does has the bits of those that took part.
+
+    Cost: a random number for each parameter and message, drawn one leaf and message after the
+    other; in memory one leaf's z and its float32 copy.
 
     Example:
       >>> x = {"w": jnp.zeros(2)}
@@ -377,6 +388,9 @@ def decentralized_spsa_step(
     Use it where memory allows inference only, or where the wire is slow; with a wire, gradients
     learn faster per step. Between processes with a transport of their own, compose
     `spsa_projected_gradient`, `encode_projected_gradient` and `shared_randomness_update`.
+
+    Cost: two evaluations of the loss a sample, no backward pass; one byte a sample travels; the
+    update draws z of all samples of all machines.
 
     Example:
       >>> loss = lambda x, target: jnp.sum((x - target) ** 2)

@@ -75,6 +75,8 @@ def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collect
     Use it to see that a sharding brings the collectives that it should, and what they cost;
     `sent_by_axes` sums them up.
 
+    Cost: a pass over the text of the program on the host; nothing is run on devices.
+
     Example:
       >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
       >>> collectives(jax.jit(lambda x: 2 * x).lower(1.0).compile(), mesh)
@@ -126,6 +128,11 @@ def sent_by_axes(operations: list[Collective]) -> dict[tuple[str, ...], dict[str
     Returns:
       Bytes by the mesh axes that are spanned and by kind, the most first.
 
+    Use it to see which mesh axes carry the most, as those belong on the fastest links (`make_mesh`
+    lays "tensor" there), and how far a change of the rules helps.
+
+    Cost: a sum over the list.
+
     Example:
       >>> gather = Collective("all-gather", ("fsdp",), 4, 10, 40, 30.0, times=3)
       >>> sent_by_axes([gather, gather._replace(kind="reduce-scatter", times=1)])
@@ -153,6 +160,12 @@ def flops(compiled: jax.stages.Compiled | str) -> float:
 
     Returns:
       The operations of a run, those inside loops as often as they run.
+
+    Use it for a program's arithmetic as it was compiled, rematerialisation included: over the time
+    of a run and a chip's peak it is the utilisation. `memory_traffic` is what else may bound the
+    time.
+
+    Cost: a pass over the text of the program on the host; nothing is run on devices.
 
     Example:
       >>> def power(x):
@@ -183,6 +196,10 @@ def uncounted_kernels(compiled: jax.stages.Compiled | str) -> dict[str, int]:
     Returns:
       How often a device runs each, by the name that the compiler gave it.
 
+    Use it beside `flops`: where it is not empty, that is too low, by what these kernels compute.
+
+    Cost: a pass over the text of the program on the host; nothing is run on devices.
+
     Example:
       >>> uncounted_kernels(jax.jit(lambda x: 2 * x).lower(1.0).compile())
       {}
@@ -212,7 +229,10 @@ def memory_traffic(compiled: jax.stages.Compiled | str) -> float:
     Returns:
       The bytes of a run, those inside loops as often as they run.
 
-    It is what the program asks for, not what a cache might save.
+    Use it with `flops` to tell whether memory or arithmetic bounds a program, and which of two does
+    less. It is what the program asks for, not what a cache might save.
+
+    Cost: a pass over the text of the program on the host; nothing is run on devices.
 
     Example:
       >>> memory_traffic(jax.jit(lambda x: 2 * x).lower(jax.numpy.ones(1000)).compile())

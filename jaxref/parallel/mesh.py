@@ -33,6 +33,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         does not divide.
       TypeError: a size that is not an integer.
 
+    Use it once, at the start of a program: `data` or `fsdp` first, `tensor` where a layer is too
+    large for a device, `sequence` where a sequence is. `jax.make_mesh` makes meshes with other
+    axes, for which rules have to be written.
+
+    Cost: no arrays and no communication, but a layout of the devices on the host.
+
     Example:
       >>> make_mesh({"data": -1}, jax.devices()[:1]).shape["tensor"]
       1

@@ -64,6 +64,11 @@ def partition_spec(
       ValueError: `axes` and `shape` differ in length, a rule names an axis that no mesh has, or a
         size is not divisible by the product of its mesh axes.
 
+    Use it where JAX asks for a spec, as the arguments of `jax.shard_map` do; `logical_sharding` has
+    the mesh in it, for `jax.device_put` and `jax.jit`, and `constrain` is for activations.
+
+    Cost: a look-up for each axis while tracing, nothing in a run.
+
     Example:
       >>> mesh = jax.sharding.AbstractMesh((4, 2, 2), ("data", "fsdp", "tensor"))
       >>> tuple(partition_spec(("embed", "heads", None), (64, 4, 16), mesh))
@@ -102,6 +107,11 @@ def mesh_axes(
     Raises:
       ValueError: a rule names an axis that no mesh has.
 
+    Use it to learn over how many devices a name is spread, or which axes a collective has to name;
+    `split_over` asks the same of the rules in force.
+
+    Cost: a look-up while tracing, nothing in a run.
+
     Example:
       >>> mesh = jax.sharding.AbstractMesh((4, 1, 2), ("data", "fsdp", "tensor"))
       >>> mesh_axes("batch", mesh), mesh_axes(("batch", "heads"), mesh)
@@ -133,6 +143,11 @@ def logical_sharding(
     Returns:
       The sharding.
 
+    Use it to place parameters and batches on a mesh, by `jax.device_put` or as shardings of
+    `jax.jit`; `constrain` fixes those of activations in between.
+
+    Cost: a look-up for each axis; what it costs to move an array is up to what takes the sharding.
+
     Example:
       >>> mesh = jax.sharding.AbstractMesh((4, 2, 2), ("data", "fsdp", "tensor"))
       >>> logical_sharding(("embed", "mlp"), (64, 256), mesh).shard_shape((64, 256))
@@ -155,6 +170,11 @@ def use_rules(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> Iterat
     Returns:
       A context manager.
 
+    Use it around a model that calls `constrain` and `on_shards`, to run it spread over a mesh;
+    without it the same model runs on one device, or as the compiler likes.
+
+    Cost: nothing in a run: it is read while tracing.
+
     Example:
       >>> mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
       >>> with use_rules(mesh):
@@ -171,14 +191,16 @@ def use_rules(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> Iterat
 def mapped_over(axis: str) -> Iterator[None]:
     """Within this context the rules in force leave a mesh axis out.
 
-    For a function under `jax.vmap(..., spmd_axis_name=axis)`, whose mapped axis takes that one:
-    what the function splits is split over the others.
-
     Args:
       axis: the name of a mesh axis.
 
     Returns:
       A context manager.
+
+    Use it around a function under `jax.vmap(..., spmd_axis_name=axis)`, whose mapped axis takes
+    that one: what the function splits is then split over the others.
+
+    Cost: nothing in a run: it is read while tracing.
 
     Example:
       >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "fsdp"))
@@ -211,6 +233,13 @@ def constrain(x: Array, *axes: Name) -> Array:
     Raises:
       ValueError: as in `partition_spec`.
 
+    Use it at the few places where a model's activations change hands, as at the entry of each
+    block, so that the compiler need not guess; `logical_sharding` is for what goes in and out of a
+    program.
+
+    Cost: nothing where `x` lies so already, otherwise the collectives that the compiler moves it
+    by.
+
     Example:
       >>> constrain(jax.numpy.ones((2, 3)), "batch", None).shape
       (2, 3)
@@ -229,6 +258,11 @@ def split_over(*names: str) -> tuple[str, ...]:
 
     Returns:
       Names of mesh axes; none outside `use_rules`, inside `jax.shard_map` and on one device.
+
+    Use it in a function for `on_shards`, before the call, to find the `axis_name` of what it has to
+    exchange; `mesh_axes` answers for any mesh and rules.
+
+    Cost: a look-up while tracing, nothing in a run.
 
     Example:
       >>> split_over("length")
@@ -258,6 +292,12 @@ def on_shards(
 
     Returns:
       A function of the same arguments. It raises ValueError as `partition_spec` does.
+
+    Use it for Pallas kernels and for algorithms that exchange something of their own; what the
+    compiler partitions well needs no more than `constrain`.
+
+    Cost: nothing where arguments lie as their names say, otherwise the collectives that bring them
+    there; `function` adds its own.
 
     Example:
       >>> double = on_shards(lambda x: 2 * x, [("batch", None)], ("batch", None))
@@ -299,6 +339,11 @@ def merge_rows(x: Array, leading: int = 2) -> Array:
     Returns:
       The rows. What is done to each row alone can be done to them.
 
+    Use it before layers that act on each token alone, to give the compiler plain matrix products;
+    `split_rows` brings the sequences back for attention.
+
+    Cost: a reshape; where the length is split, a transposition within each device. Nothing is sent.
+
     Example:
       >>> merge_rows(jax.numpy.ones((2, 3, 4))).shape
       (6, 4)
@@ -321,6 +366,11 @@ def split_rows(rows: Array, shape: tuple[int, ...]) -> Array:
 
     Returns:
       The array with these axes in the place of the first.
+
+    Use it after `merge_rows` with the shape that was merged, under the same rules: in others the
+    order of the rows would be another.
+
+    Cost: a reshape; where the length is split, a transposition within each device. Nothing is sent.
 
     Example:
       >>> split_rows(jax.numpy.ones((6, 4)), (2, 3)).shape

@@ -89,6 +89,12 @@ def adapt_precision_init(
     Raises:
       ValueError: no layers, or numbers out of range.
 
+    Use it where you keep the formats yourself, in a training loop of your own; `adapt` calls it in
+    its `init`. A short first format is safe: `adapt_precision_update` lengthens it.
+
+    Cost: one float32 array of the size of each layer, for the sum of the window's gradients, and a
+    few numbers a layer.
+
     Example:
       >>> state = adapt_precision_init({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})
       >>> state.word_length, state.window_sum[0].shape
@@ -156,6 +162,12 @@ def adapt_precision_update(
 
     Raises:
       ValueError: trees that do not fit the state, or numbers out of range.
+
+    Use it once a step in a training loop of your own, after the gradients and before the weights
+    move; `adapt` does so around any optimizer.
+
+    Cost: a pass over the gradients a step; in a layer whose window is full also 12 roundings of its
+    weights, with two histograms each.
 
     Example:
       >>> params = {"kernel": jnp.eye(2) / 8}
@@ -268,6 +280,11 @@ def adapt_quantize(params: Any, state: AdaptPrecisionState, *, key: Array) -> An
     Raises:
       ValueError: params without the state's layers.
 
+    Use it in the loss, with a new key each step, and in inference after training;
+    `fixed_point_quantize` rounds one array to a format of your own.
+
+    Cost: a random number and a rounding for each weight; a second copy of the tree.
+
     Example:
       >>> params = {"kernel": jnp.full((1, 2), 0.25), "bias": jnp.array([9.0, 0.5])}
       >>> state = adapt_precision_init(params)
@@ -335,6 +352,11 @@ def adapt_penalty(
     Raises:
       ValueError: a negative weight, or params without the state's layers.
 
+    Use it in the loss of training with `adapt`; without it nothing draws weights to zero, and
+    `adapt_cost` counts only the short words.
+
+    Cost: one pass over the weights.
+
     Example:
       >>> params = {"kernel": jnp.array([[0.5, 0.0]])}
       >>> print(adapt_penalty(params, adapt_precision_init(params), l1=1.0, l2=1.0, precision=1.0))
@@ -369,6 +391,11 @@ def adapt_cost(quantized: Any, state: AdaptPrecisionState) -> Array:
 
     Raises:
       ValueError: params without the state's layers.
+
+    Use it to report or compare what trained formats save on hardware made for them; common
+    processors do not multiply faster for it. `adapt_penalty` is what training minimizes.
+
+    Cost: one pass over the weights, to count those that are not 0.
 
     Example:
       >>> params = {"kernel": jnp.array([[0.5, 0.0]])}
@@ -432,6 +459,9 @@ def adapt(
 
     Against training in one short format it spends bits where a layer's gradients contradict each
     other; the float weights stay, so memory is saved after training only.
+
+    Cost: beside the state of `inner` one float32 array of each layer's size; one gradient a step,
+    and the search for formats of `adapt_precision_update`.
 
     Example:
       >>> optimizer = adapt(optax.sgd(0.5), key=jax.random.key(0))

@@ -79,6 +79,8 @@ def rectified_sigmoid(v: ArrayLike, *, low: float = -0.1, high: float = 1.1) -> 
 
     The soft choice between two levels of `adaptive_rounding`, and the gate of L0 regularization.
 
+    Cost: elementwise.
+
     Example:
       >>> print(rectified_sigmoid(jnp.array([-9.0, 0.0, 1.0, 9.0])).round(4))
       [0.     0.5    0.7773 1.    ]
@@ -114,6 +116,8 @@ def rounding_regularizer(h: ArrayLike, beta: ArrayLike) -> Array:
       TypeError: `h` not floating point.
 
     Let β fall during the optimization, as `adaptive_rounding` does from 20 to 2.
+
+    Cost: one pass over the entries.
 
     Example:
       >>> print(rounding_regularizer(jnp.array([0.0, 0.5, 0.75]), 2.0))
@@ -217,6 +221,9 @@ def adaptive_rounding(
     Which of the axes to turn depends on the network; defaults are those of AdaRound. To round to
     nearest needs no data and loses more, `gptq_quantize` is a closed form of the squared error
     without gradients, `adaquant` lets weights move further than the next level.
+
+    Cost: `steps` forward and backward passes of the layer on `batch_size` examples, one forward
+    pass on all; V (two arrays for "softmax") and the optimizer's state.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 1)) @ jnp.ones((1, 4))  # four equal inputs
@@ -445,6 +452,9 @@ def importance_mixed_precision(
 
     For widths within a layer by one gradient; `allocate_bits_integer_program` chooses among widths
     of whole layers by what each did to the loss when it was tried.
+
+    Cost: one gradient of the loss, a pass over the weight, and a sort of the channels' steps on the
+    host.
 
     Example:
       >>> w = jnp.array([[1.0, 1.0, 1.0, 1.0]])

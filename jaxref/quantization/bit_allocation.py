@@ -101,6 +101,8 @@ def optimal_bit_allocation(
     Use it for any group of things that share a budget: inputs, channels, layers. `baq_levels` turns
     measured losses into whole numbers of levels.
 
+    Cost: one sort of the components, O(n log n).
+
     Example:
       >>> print(optimal_bit_allocation(jnp.array([1.0, 4.0, 16.0]), 3))
       [2. 3. 4.]
@@ -136,6 +138,8 @@ def allocation_gain(sensitivity: ArrayLike, *, weights: ArrayLike | None = None)
       TypeError: `sensitivity` not floating point.
 
     Use it to see whether unequal bits are worth while for a layer before quantizing it.
+
+    Cost: one pass over the components.
 
     Example:
       >>> print(allocation_gain(jnp.array([1.0, 4.0, 16.0])))
@@ -180,6 +184,8 @@ def hessian_sensitivity(weight: ArrayLike, hessian: ArrayLike, *, damping: float
     Use it with `optimal_bit_allocation` where one pass must do; `baq_quantize` measures the losses
     instead, in a first pass.
 
+    Cost: O(d_in³) for the factor of the inverse Hessian, and one pass over the weight.
+
     Example:
       >>> w, h = jnp.array([[3.0], [-1.0]]), jnp.diag(jnp.array([3.0, 12.0]))
       >>> print(hessian_sensitivity(w, h, damping=0.0).round(4))
@@ -219,6 +225,8 @@ def baq_levels(column_losses: ArrayLike, reference_bits: float, *, exponent: flo
     Use it with losses of any first pass; `baq_quantize` does both passes. Where an input would get
     less than one level, the authors' program gives it one and lets the mean rise above R̄; here the
     others make up for it.
+
+    Cost: one sort of the inputs.
 
     Example:
       >>> print(baq_levels(jnp.array([1.0, 4.0, 16.0]), 3, exponent=2))
@@ -273,6 +281,9 @@ def baq_quantize(
     the `hessian_sensitivity` well below 1). `gptq_quantize` gives all the same bits, in a format
     that multiplies quickly.
 
+    Cost: O(d_in³ + d_in² d_out), one factorization and GPTQ's loop twice; R̄ bits a weight once
+    entropy-coded, two bytes in memory.
+
     Example:
       >>> w, h = jnp.array([[1.0, 0.4], [-0.5, 0.3]]), jnp.diag(jnp.array([100.0, 1.0]))
       >>> q = baq_quantize(w, h, 3)
@@ -302,6 +313,11 @@ def baq_dequantize(q: BAQTensor, *, dtype: DTypeLike | None = None) -> Array:
 
     Raises:
       TypeError: `q` is not a `BAQTensor`, or `dtype` not floating point.
+
+    Use it before multiplying: codes with unequal numbers of levels have no product of their own, as
+    those of a `QTensor` have in `quantized_linear`.
+
+    Cost: one pass over the codes, the whole kernel in floating point.
 
     Example:
       >>> w, h = jnp.array([[1.0, 0.25], [-0.5, 0.0]]), jnp.diag(jnp.array([1.0, 1.0]))

@@ -72,6 +72,11 @@ def genie_block(
     Raises:
       ValueError: the block quantizes activations that `activations` does not have.
 
+    Use it after `genie_reconstruct`, to run a block as it was rebuilt and to make the quantized
+    inputs that the next one is fitted from.
+
+    Cost: one run of the block, with all of its weights dequantized at each call.
+
     Example:
       >>> from jaxref.quantization import QuantSpec, quantize
       >>> block_fn = lambda weights, x, quantize: quantize("inputs", x) @ weights
@@ -154,6 +159,9 @@ def genie_reconstruct(
     for what quantization does to the inputs; where these are exact, a rate of 0 may lose less.
     `adaptive_rounding` does a single layer whose activations stay, and `adaquant` lets a weight go
     further than to its two neighbours.
+
+    Cost: `steps` forward and backward passes of the block on `batch_size` examples, two forward
+    ones on all; V, s and steps with two moments each.
 
     Example:
       >>> from jaxref.quantization import QuantSpec, genie_weight_quantizer_init

@@ -62,6 +62,8 @@ def activation_entropy(x: ArrayLike, *, axis: int = -2, eps: float = 1e-7) -> Ar
     The proxy for a layer's discretization error in `partition_blocks`: large where a layer's
     inputs leave many options of rounding open.
 
+    Cost: a logarithm for each entry, O(n) time and memory.
+
     Example:
       >>> print(activation_entropy(jnp.array([[1.0, 0.0], [-1.0, 2.0]])).round(4))
       0.3466
@@ -100,6 +102,9 @@ def discretization_entropy_dependency(
       TypeError: not floating point.
 
     Large: choose the ranges of both layers together; small: one after the other.
+
+    Cost: a logarithm for each pair of entries, O(n) time and memory, and one run of both layers for
+    the activations.
 
     Example:
       >>> x = jnp.array([[1.0], [3.0]])
@@ -166,6 +171,11 @@ def partition_blocks(
       ValueError: dependencies that are not a vector of finite numbers, a `threshold` that is NaN,
         or `max_block` below 1.
 
+    Use it once the dependencies of all layers are measured, to say what `search_block_ranges` looks
+    at together. Larger blocks see more of the dependencies and take longer to search.
+
+    Cost: O(layers²) on the host.
+
     Example:
       >>> partition_blocks([0.9, 0.2, 0.8, 0.7])
       [(0, 1), (2, 3, 4)]
@@ -210,6 +220,8 @@ def quantize_to_range(x: ArrayLike, low: ArrayLike, high: ArrayLike, *, bits: in
       TypeError: `x` not floating point.
 
     `fake_quantize` takes the range from the data instead and clips nothing.
+
+    Cost: one elementwise pass.
 
     Example:
       >>> print(quantize_to_range(jnp.array([-1.0, 0.3, 1.2, 9.0]), -1.0, 2.0, bits=2))
@@ -259,6 +271,11 @@ def quantized_block(
 
     Raises:
       ValueError: as many ranges as layers are not given, or as `quantize_to_range`.
+
+    Use it to run a block with the ranges that `search_block_ranges` found, also one of layers whose
+    weights are quantized.
+
+    Cost: the layers' own, and one elementwise pass over the inputs of each.
 
     Example:
       >>> double = lambda x: 2 * x
@@ -316,8 +333,11 @@ def search_block_ranges(
         blocks, or factors or a norm out of range.
       TypeError: inputs not floating point.
 
-    One layer at a time is the ordinary search for a clipping range. More at a time cost
-    len(shrink)^layers runs of the block, and pay where `partition_blocks` puts layers together.
+    One layer at a time is the ordinary search for a clipping range; more at a time pay where
+    `partition_blocks` puts layers together.
+
+    Cost: len(shrink)^layers runs of the block up to three layers, beyond at most sweeps · layers ·
+    len(shrink), one after the other; no gradients.
 
     Example:
       >>> relu = lambda x: jnp.maximum(x, 0.0)
@@ -420,6 +440,8 @@ def visual_encoder_objective(
     Lower entropy means less dependency between the language layers: more of them can be searched
     alone. `search_visual_ranges` minimizes it.
 
+    Cost: one pass over the activations.
+
     Example:
       >>> print(visual_encoder_objective(jnp.zeros(2), jnp.array([0.25, 0.0]), jnp.array([2.0])))
       0.27
@@ -465,6 +487,12 @@ def search_visual_ranges(
     Raises:
       ValueError: as `search_block_ranges`.
       TypeError: `x` not floating point.
+
+    Use it for the vision tower, before the blocks of the language layers are cut
+    (`partition_blocks`): it trades some of the tower's own error for less dependency between those
+    layers.
+
+    Cost: len(shrink) runs of `entropies_fn`, one after the other.
 
     Example:
       >>> x = jnp.linspace(-1.0, 1.0, 12).reshape(1, 4, 3)

@@ -125,6 +125,8 @@ def transformer_sites(
     Write the dictionary yourself for other networks; LayerNorm, which subtracts a mean, does not
     commute with a rotation of its input.
 
+    Cost: O(layers) names, no arrays.
+
     Example:
       >>> sizes = dict(features=8, num_heads=2, head_dim=4, mlp_features=16)
       >>> list(transformer_sites(1, **sizes))[:3]
@@ -209,7 +211,10 @@ def fold_norm_gains(params: Any, sites: Mapping[str, TransformSite]) -> Any:
     Raises:
       ValueError: a path that is not in `params`, or a leaf whose shape does not fit its site.
 
+    Use it before transforms that rotate what a norm reads (`apply_equivalent_transforms`);
     `ostquant` does it first.
+
+    Cost: one pass over the readers, once; nothing in inference.
 
     Example:
       >>> params = {"norm": jnp.array([2.0, 3.0]), "kernel": jnp.ones((2, 1))}
@@ -250,6 +255,12 @@ def equivalent_transforms_init(
     Raises:
       ValueError: a path or shape that does not fit, a learned rotation without readers, or a size
         for which there is no Hadamard matrix.
+
+    Use it to start `ostquant`, or alone where there is no data: its rotations already spread the
+    outliers of the weights. `fold_norm_gains` goes first.
+
+    Cost: an eigendecomposition, O(features³), for each learned rotation, and W Wᵀ of its readers;
+    no data.
 
     Example:
       >>> params = {"kernel": jnp.ones((2, 3))}
@@ -303,6 +314,12 @@ def apply_equivalent_transforms(
 
     Raises:
       ValueError: a transform missing, a path that is not in `params`, or a shape that does not fit.
+
+    Use it at each step of learning transforms, and once at the end, before the weights are
+    quantized. `ostquant` is the whole method.
+
+    Cost: a product of T, `[features, features]` also without rotation, with each reader and writer;
+    nothing in inference but for online sites.
 
     Example:
       >>> params = {"up": jnp.array([[1.0, 2.0]]), "down": jnp.array([[3.0], [4.0]])}

@@ -50,6 +50,8 @@ def fixed_point_quantize(
 
     The format is given, and what exceeds it is clipped; `quantize` takes its scale from the data.
 
+    Cost: one elementwise pass, with a random number for each entry if stochastic.
+
     Example:
       >>> x = jnp.array([0.3, -9.0, 9.0])
       >>> print(fixed_point_quantize(x, 8, 4, rounding="nearest"))
@@ -114,6 +116,9 @@ def empirical_kl(x: ArrayLike, x_q: ArrayLike, *, resolution: int) -> Array:
 
     More bins see finer changes. `push_down` looks for the shortest format without a loss.
 
+    Cost: two histograms, each a pass with scattered additions; O(resolution) memory beside copies
+    of the inputs.
+
     Example:
       >>> x = jnp.array([0.0, 0.2, 0.7, 1.0])
       >>> [float(empirical_kl(x, jnp.round(x), resolution=bins)) for bins in (2, 4)]
@@ -164,6 +169,12 @@ def gradient_diversity(gradients: Any) -> Array:
     Raises:
       ValueError: no arrays, or arrays of different K.
       TypeError: not floating point.
+
+    Use it on the last gradients to see whether steps still agree: near 1 short words move the
+    weights, far above they need longer ones (`push_up`). `adapt_precision_update` sums as it goes
+    and keeps none of the K.
+
+    Cost: O(K n) time and memory, for K gradients of n entries that are kept.
 
     Example:
       >>> print(gradient_diversity(jnp.eye(4)))
@@ -236,6 +247,11 @@ def push_down(
       ValueError: a number out of its range.
       TypeError: not floating point, or lengths that are not integers.
 
+    Use it on trained weights to find what they can be stored in; in training follow it by
+    `push_up`, which gives steps room again, as `adapt_precision_update` does.
+
+    Cost: 12 roundings of the weights (two bisections of six) with two histograms each.
+
     Example:
       >>> grid = jnp.arange(-8.0, 9.0) / 8
       >>> lengths = push_down(grid, 16, 12, resolution=10, key=jax.random.key(0))
@@ -303,6 +319,11 @@ def push_up(
     Raises:
       ValueError: a length out of range, or an unknown strategy.
       TypeError: lengths that are not integers.
+
+    Use it after `push_down` in training. "min" keeps words short; "max" gives most room when the
+    loss no longer falls.
+
+    Cost: a few scalars.
 
     Example:
       >>> [int(length) for length in push_up(8, 4, jnp.e**2, strategy="min")]

@@ -55,6 +55,8 @@ def swing_convolution_inputs(x: ArrayLike, key: Array, *, jitter: int = 1) -> Ar
     chequered pattern on distilled images; so a network under `genie_distill` calls this before each
     one. It is not for a network that is used.
 
+    Cost: one padded copy of the images, and one cut from it.
+
     Example:
       >>> x = jnp.arange(9.0).reshape(3, 3, 1)
       >>> print(swing_convolution_inputs(x, jax.random.key(0))[..., 0])
@@ -130,9 +132,12 @@ def genie_distill(
         of 4, or a number out of range.
       TypeError: statistics or activations not floating point, or counts not ints.
 
-    What the images have in common goes into G, where `distilled_data` leaves each pixel free; in
-    exchange there are eight times as many steps, and a generator to train in them. The authors take
-    it with few bits, where weights are fitted to the images as well (`genie_reconstruct`).
+    What the images have in common goes into G, where `distilled_data` leaves each pixel free. The
+    authors take it with few bits, where weights are fitted to the images as well
+    (`genie_reconstruct`).
+
+    Cost: `steps` forward and backward passes of network and generator for a batch, eight times as
+    many as `distilled_data` takes by default.
 
     Example:
       >>> from flax import nnx

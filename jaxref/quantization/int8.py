@@ -50,6 +50,8 @@ def quantize_rowwise(
     stand before the sum over the inputs, so they do not disturb it. Asymmetric suits activations
     that are mostly of one sign.
 
+    Cost: two passes over `x`, for the ranges and the codes; one scale for each vector.
+
     Example:
       >>> q = quantize_rowwise(jnp.array([[127.0, -3.0], [0.5, -1.0]]))
       >>> print(q.codes)
@@ -104,6 +106,9 @@ def int8_matmul(
 
     Use it where both sides are quantized; `llm_int8_matmul` quantizes them itself, and keeps
     outliers out.
+
+    Cost: in · out integer multiplications a token; a byte or less of memory is read for each
+    weight, and no floating-point copy is made.
 
     Example:
       >>> x, w = jnp.array([[127.0, -3.0]]), jnp.array([[1.0, 2.0], [127.0, -127.0]])
@@ -172,6 +177,8 @@ def outlier_features(x: ArrayLike, *, threshold: float = 6.0) -> Array:
     `llm_int8_matmul` takes these out of its integer product; `emergent_outlier_statistics` finds
     those that persist through a model.
 
+    Cost: one pass over `x`.
+
     Example:
       >>> print(outlier_features(jnp.array([[0.5, -7.0], [1.0, 0.0]])))
       [False  True]
@@ -226,6 +233,9 @@ def llm_int8_matmul(
     Use it for the linear layers of large trained transformers, in which few features are 20 times
     larger than the rest and leave few of the 255 levels to it. `int8_matmul` takes what is
     quantized already.
+
+    Cost: the integer product and a float one, over `max_outliers` inputs or, without it, over all;
+    a `w` that is an array is quantized at each call.
 
     Example:
       >>> x = jnp.array([[0.5, 100.0, -0.25]])
@@ -324,6 +334,8 @@ def emergent_outlier_statistics(
 
     Use it to see whether a model needs `llm_int8_matmul`, and how large `max_outliers` must be: the
     paper finds at most 7 systematic features in models of up to 13 billion parameters.
+
+    Cost: a few passes over the hidden states of all layers, which are in memory together.
 
     Example:
       >>> x = jnp.zeros((4, 10, 3)).at[1:, :, 2].set(-20.0).at[0, 0, 0].set(7.0)

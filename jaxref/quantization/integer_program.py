@@ -44,8 +44,12 @@ def allocate_bits_integer_program(
       ValueError: shapes that do not match, NaN or infinite entries, a negative cost, both or none
         of the limits, or a limit that no choice meets (the message has the least possible).
 
-    Seconds for hundreds of layers. `importance_mixed_precision` needs one gradient instead of a
-    measurement per layer and setting.
+    Use it when the loss of each layer and setting has been measured. `importance_mixed_precision`
+    needs one gradient in place of that; `pareto_bit_allocation` gives the answers for all budgets
+    at once.
+
+    Cost: layers · settings measurements of the loss before; then seconds on the host for hundreds
+    of layers, exponential at worst.
 
     Example:
       >>> increase = np.array([[0.5, 0.1, 0.0], [0.1, 0.05, 0.0]])  # of 2, 4 and 8 bits

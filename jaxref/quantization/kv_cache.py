@@ -79,6 +79,8 @@ def staircase_bits(num_blocks: int, bits: tuple[int, ...] = (16, 8, 4, 2)) -> tu
 
     Use it to see what a cache will hold; `staircase_cache_nbytes` gives the memory of one.
 
+    Cost: O(num_blocks), no arrays.
+
     Example:
       >>> staircase_bits(5)
       (8, 4, 2, 2, 2)
@@ -128,6 +130,9 @@ def staircase_cache_init(
 
     Use it where the cache of a long generation does not fit in memory;
     `jaxref.attention.key_value_cache_init` keeps all tokens as they are.
+
+    Cost: for long caches about B_q bits an entry and two numbers of `dtype` for G of them, all
+    allocated at once; S tokens stay as they are.
 
     Example:
       >>> cache = staircase_cache_init(1, 1024, 1, 64, dtype=jnp.bfloat16)
@@ -194,8 +199,11 @@ def staircase_cache_append(
       ValueError: shapes that do not match the cache, or more tokens than it has room for.
       TypeError: `key` or `value` not floating point, or a `where` that is not boolean.
 
-    Use it at each step of a generation, under jit with the cache donated: the work of a step is
-    that of writing its tokens, but for the steps in which a block is full.
+    Use it at each step of a generation, under jit with the cache donated, or for a whole prompt at
+    once.
+
+    Cost: O(q S) entries copied a step, for q widths, whatever the length; once in S tokens q - 1
+    blocks are quantized anew.
 
     Example:
       >>> cache = staircase_cache_init(1, 8, 1, 1, block=2)
@@ -250,6 +258,9 @@ def staircase_cache_read(cache: StaircaseCache) -> tuple[Array, Array]:
 
     Use it with an attention function and a mask that admits each sequence's `lengths` tokens.
 
+    Cost: all `max_length` tokens are dequantized at each call: for the time of a step the cache
+    takes its full size in `dtype`.
+
     Example:
       >>> cache = staircase_cache_init(2, 16, 4, 8, block=4)
       >>> [x.shape for x in staircase_cache_read(cache)]
@@ -289,6 +300,8 @@ def staircase_cache_nbytes(cache: StaircaseCache) -> int:
       Bytes.
 
     Use it to choose the block and the widths for a length.
+
+    Cost: a sum over shapes, nothing is computed.
 
     Example:
       >>> staircase_cache_nbytes(staircase_cache_init(1, 8, 1, 4, block=4, bits=(16, 2)))

@@ -124,6 +124,9 @@ def adaquant(
     than its freedom suggests, as the start is near; `gptq_quantize` has fewer knobs but cannot
     learn the levels of the inputs.
 
+    Cost: `steps` forward and backward passes of the layer on `batch_size` examples, and every tenth
+    step a forward pass over all of them.
+
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 2)) @ jnp.array([[1.0] * 4, [0.0, 1, 0, 1]])
       >>> w = jnp.array([[3.0], [1.4], [0.4], [1.3]])
@@ -278,6 +281,11 @@ def adaquant_inputs(layer: AdaQuantLayer, inputs: ArrayLike, input_spec: QuantSp
       ValueError: the layer was calibrated without levels for its inputs.
       TypeError: `inputs` not floating point, or `input_spec` not a `QuantSpec`.
 
+    Use it before a calibrated layer wherever that runs: its weights and biases were fitted to
+    inputs on these levels, not to those of `quantize`.
+
+    Cost: one elementwise pass over the inputs.
+
     Example:
       >>> spec = QuantSpec(bits=8, symmetric=False)
       >>> x = jnp.linspace(0.0, 2.55, 256)[:, None]
@@ -338,6 +346,9 @@ def sequential_adaquant(
 
     Sequential is more accurate, most of all in few bits and with small networks; parallel runs each
     layer by itself, and allows any choice of widths among its results afterwards.
+
+    Cost: an `adaquant` for each layer and two runs of the network over all examples; with
+    `parallel` too, layers are fitted one after the other.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (20, 4))
@@ -410,6 +421,8 @@ def para_normalization(
     For networks with batch normalization; others use `bias_correction`, which restores the mean
     alone. Layers in order, each with the ones before it corrected.
 
+    Cost: two passes over the outputs, once; nothing in inference.
+
     Example:
       >>> y = jnp.array([[1.0], [3.0]])
       >>> scale, shift = para_normalization(y, jnp.array([2.0]), jnp.array([5.0]))
@@ -450,8 +463,10 @@ def bias_correction(outputs: ArrayLike, targets: ArrayLike) -> Array:
       ValueError: shapes that do not match, or no outputs.
       TypeError: arrays not floating point.
 
-    The cheapest repair, for any layer. `adaquant` with all learning rates 0 but `lr_bias` tunes the
+    The simplest repair, for any layer. `adaquant` with all learning rates 0 but `lr_bias` tunes the
     biases to the outputs themselves; `para_normalization` restores the deviations as well.
+
+    Cost: one pass over the outputs, once; nothing in inference.
 
     Example:
       >>> print(bias_correction(jnp.array([[1.0, 0.0], [2.0, 0.0]]), jnp.array([[2.0, 1.0]] * 2)))

@@ -62,6 +62,9 @@ def quantize_float(
     `reduced_precision_dot` does with one scale per tensor or none. `quantize` is for equally spaced
     levels, and stores codes.
 
+    Cost: a few elementwise passes, in blocks one more for their maxima; `x` keeps the memory of its
+    type.
+
     Example:
       >>> x = jnp.array([0.2, 0.3, 1.2, 2.4, 5.1, 9.0])
       >>> print(quantize_float(x, exponent_bits=2, mantissa_bits=1))

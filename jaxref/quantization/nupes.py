@@ -110,6 +110,9 @@ def nupes_quantize(
     uneven ones of a power make a narrow choice for small weights. Straight-through rounding of the
     codes, with its slope at 0, and the learning rates are choices made here.
 
+    Cost: `steps` forward and backward passes of the layer on `batch_size` examples, every tenth
+    step a forward one on all; first 122 roundings for the exponent.
+
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 2)) @ jnp.ones((2, 8))
       >>> w = jax.random.laplace(jax.random.key(1), (8, 4))

@@ -68,6 +68,9 @@ def range_fake_quantize(x: ArrayLike, spec: QuantSpec) -> Array:
     To train what shapes a distribution, as transforms do; `fake_quantize` has the plain
     straight-through gradient, to which rotations of an outlier look all the same.
 
+    Cost: that of `fake_quantize`, two passes; the gradient keeps the error, an array of the size of
+    `x`.
+
     Example:
       >>> x = jnp.array([0.7, -3.0, 2.2])
       >>> print(range_fake_quantize(x, QuantSpec(bits=3)))
@@ -126,6 +129,9 @@ def kl_top_loss(
     For the calibration of a quantized language model on few tokens: the tail of the vocabulary,
     tens of thousands of small probabilities, is noise there; `optax.losses.kl_divergence` has all
     classes, and cross-entropy with the next token one.
+
+    Cost: two softmaxes over the classes and the k largest of them; with `renormalize` softmaxes
+    over k.
 
     Example:
       >>> teacher = jnp.array([2.0, 1.0, -1.0, -2.0])
@@ -215,6 +221,9 @@ def ostquant(
 
     More work than a fixed Hadamard rotation or scales from the activations' maxima, and better at
     4 bits, as it sees the network's output. The paper then rounds the weights by GPTQ.
+
+    Cost: `steps` forward and backward passes of the network and as many forward ones of the
+    teacher, all kernels transformed in each; moments of T alone.
 
     Example:
       >>> params = {"up": jnp.eye(2), "down": jnp.array([[9.0, 0.1], [0.1, 0.2]])}

@@ -37,6 +37,11 @@ def pack(codes: ArrayLike, bits: int) -> Array:
       ValueError: `bits` out of range, or codes without an axis to pack along.
       TypeError: `codes` are not integers.
 
+    Use it for codes that are stored or sent; those of a `QTensor` are packed already. `pack_trits`
+    takes 1.6 bits for codes of three values.
+
+    Cost: one pass; 2 bits a code of 2, 4 bits of 3 or 4, and 8 from 5 on.
+
     Example:
       >>> pack(jnp.array([1, -1, 7], jnp.int8), 4)
       Array([241, 7], dtype=uint8)
@@ -73,6 +78,11 @@ def unpack(values: ArrayLike, bits: int, *, padding: int = 0) -> Array:
     Raises:
       ValueError: `bits` out of range.
       TypeError: `values` are not uint8 (int8 for 5 bits and more).
+
+    Use it to look at single codes. `dequantize` goes on to the numbers, and
+    `jaxref.kernels.quantized_matmul` reads packed codes as they are.
+
+    Cost: one pass, a byte for each code.
 
     Example:
       >>> unpack(jnp.array([241, 7], jnp.uint8), 4, padding=1)

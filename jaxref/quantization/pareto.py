@@ -56,9 +56,11 @@ def pareto_bit_allocation(
       ValueError: shapes that do not match, no layers, NaN or infinite entries, numbers out of
         range, or a budget that no choice meets (the message has the least possible).
 
-    The frontier grows with the number of layers, to thousands of points for fifty of them, and is
-    there for any budget then; `allocate_bits_integer_program` solves for a single one, with costs
-    that need not be sizes.
+    The frontier is there for any budget; `allocate_bits_integer_program` solves for a single one,
+    with costs that need not be sizes.
+
+    Cost: a sort of points · choices for each layer, on the host; the points grow with the layers,
+    to thousands for fifty.
 
     Example:
       >>> sensitivity = [[0.5, 0.1, 0.0], [0.1, 0.05, 0.0]]

@@ -109,6 +109,12 @@ def codebook_dequantize(
       ValueError: shapes that do not match, or codes out of range where they are concrete.
       TypeError: codes that are not integers, or values that are not floating point.
 
+    Use it to run a kernel of `codebook_quantize` or `pv_tuning`; `dequantize_codebooks` restores
+    all kernels of a tree.
+
+    Cost: a look-up of g numbers for each code; on the way the vectors of all codebooks, `codebooks`
+    times the kernel.
+
     Example:
       >>> codebook = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
       >>> codebook_dequantize(jnp.array([[[1]], [[0]]]), codebook).ravel()
@@ -134,6 +140,11 @@ def dequantize_codebooks(params: Any) -> Any:
 
     Returns:
       The tree of arrays that a loss takes, and the gradients for `pv_tuning` are of.
+
+    Use it outside of the gradient when training with `pv_tuning`: the loss takes its result, and
+    gradients are with respect to that. `codebook_dequantize` restores a single kernel.
+
+    Cost: all kernels in floating point beside their codes.
 
     Example:
       >>> q = CodebookWeight(jnp.array([[[1]]]), jnp.array([[[1.0], [3.0]]]))
@@ -178,6 +189,13 @@ def nearest_codes(
     Raises:
       ValueError: shapes that do not match, codes out of range, or `beam_size` below 1.
       TypeError: values that are not floating point, or codes that are not integers.
+
+    Use it to encode weights in codebooks that stand, or to look again once these have moved;
+    `codebook_quantize` finds the codebooks as well. A larger beam errs less where there are several
+    of them.
+
+    Cost: codebooks · beam_size · entries multiplications a weight; distances `[groups, beam_size,
+    entries]` are in memory at once.
 
     Example:
       >>> nearest_codes(jnp.array([[0.2], [0.9]]), jnp.array([[[0.0], [1.0]]])).ravel()
@@ -231,6 +249,12 @@ def codebook_quantize(
       ValueError: an argument out of its range, a `group_size` that does not divide, not two axes,
         or NaN or infinite entries where the values are concrete.
       TypeError: `w` is not floating point.
+
+    Use it to start `pv_tuning` at 1 to 3 bits a weight. It sees the weights alone; `gptq_quantize`,
+    from 3 bits on, sees the inputs too.
+
+    Cost: num_codebooks · (iterations + 1) searches of codebook_size multiplications a weight,
+    distances `[groups, codebook_size]` in memory, and `nearest_codes`; no data.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (16, 8))
@@ -306,6 +330,9 @@ def pv_v_step(
 
     `pv_tuning` calls it at each step; with `max_code_change` 1 all groups are rounded, as a
     straight-through estimator does.
+
+    Cost: a pass over the kernel and the largest distances of it; `nearest_codes` for the part
+    `max_code_change` of the groups.
 
     Example:
       >>> codes, codebook = jnp.zeros((4, 1, 1), int), jnp.array([[[0.0], [1.0]]])
@@ -390,6 +417,9 @@ def pv_tuning(
 
     Codes are integers and take no optax update, so it is no `optax.GradientTransformation`. Use it
     after `codebook_quantize` to win back the accuracy of 1 to 3 bits.
+
+    Cost: one gradient a step; beside the codes three float arrays of each kernel's size, the one
+    that codes follow and its moments, and two moments of the values.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (16, 4))
@@ -486,6 +516,9 @@ def pv_exact(phi: Callable[[Array], Array], x0: ArrayLike, num_values: int, step
       TypeError: `x0` is not floating point.
 
     It is the algorithm of the paper's theory, for study; `pv_tuning` is the practical one.
+
+    Cost: c^d evaluations of φ for each V step, all in memory at once, and up to four Hessians of φ,
+    `[d, d]`, for each P step.
 
     Example:
       >>> phi = lambda x: jnp.sum((x - jnp.array([0.0, 0.1, 1.0, 1.2])) ** 2)

@@ -131,6 +131,13 @@ def beta_amplitude_codebook(
     Raises:
       ValueError: an argument out of its range, or an unknown method.
 
+    Use it for the lengths of groups whose entries look Gaussian, as after a rotation;
+    `pyramid_quantize` takes "lloyd_max". With "quantile" all levels come equally often, at a larger
+    error.
+
+    Cost: up to 1000 iterations over the 2^b levels on the host, a closed form for "quantile"; the
+    levels are kept for the next call.
+
     Example:
       >>> print(beta_amplitude_codebook(16, 1024, 2).round(3))
       [0.093 0.115 0.134 0.158]
@@ -167,6 +174,8 @@ def pyramid_bits_per_weight(
       ValueError: an argument out of its range.
 
     Use it to choose N and K: steps of K are a fraction of a bit, so that any budget can be met.
+
+    Cost: that of `pyramid_count`, on the host.
 
     Example:
       >>> [pyramid_bits_per_weight(16, k, 4) for k in (8, 16, 32)]
@@ -225,6 +234,9 @@ def pyramid_quantize(
     to a group. Activations go the same way as `x.T`, a token to a column.
     `pyramid_quantize_hessian` where inputs are known.
 
+    Cost: N² comparisons at each move of a projection, and N steps to encode, all groups at once; no
+    data.
+
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (64, 8))
       >>> q = pyramid_quantize(w, pulses=16, key=jax.random.key(1))
@@ -278,6 +290,12 @@ def pyramid_quantize_hessian(
         NaN or infinite entries where the values are concrete.
       TypeError: `w` or `hessian` not floating point.
 
+    Use it where a sample of the layer's inputs is to be had, as `hessian` gathers it;
+    `pyramid_quantize` needs none. `gptq_quantize` has codes that multiply as integers.
+
+    Cost: O(d_in³ + d_in² d_out), one factorization and d_in / N steps in sequence, each with a
+    projection; the data only as their Hessian.
+
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (128, 32)) @ jnp.diag(jnp.linspace(0.1, 2, 32))
       >>> w = jax.random.normal(jax.random.key(1), (32, 8))
@@ -320,7 +338,11 @@ def pyramid_dequantize(q: PyramidTensor) -> Array:
     Raises:
       TypeError: `q` is not a `PyramidTensor`.
 
-    The work is N steps, each over all groups at once.
+    Use it before multiplying: directions have no product of their own, so the format saves memory
+    and transfer, not arithmetic.
+
+    Cost: N steps of decoding, each over all groups at once; then at most log2(in) passes over the
+    kernel for the rotation.
 
     Example:
       >>> q = pyramid_quantize(jnp.ones((20, 3)), pulses=64, key=jax.random.key(0))

@@ -32,6 +32,8 @@ def pyramid_count(n: int, k: int) -> int:
 
     Its binary logarithm is the bits of a direction; `pyramid_bits_per_weight` adds the rest.
 
+    Cost: N · K additions of long integers, once for each size.
+
     Example:
       >>> pyramid_count(3, 2), pyramid_count(16, 32).bit_length()
       (18, 52)
@@ -65,6 +67,9 @@ def pyramid_project(x: ArrayLike, k: int, *, refine: bool = True) -> Array:
 
     `pyramid_quantize` projects the groups of a kernel; by itself it is the fixed-rate quantizer of
     directions, without any table.
+
+    Cost: two sorts of n entries; `refine` adds n² comparisons at each move, and all vectors wait
+    for the one with most moves.
 
     Example:
       >>> pyramid_project(jnp.array([0.9, -0.5, 0.1]), 3)
@@ -101,6 +106,8 @@ def pyramid_encode(p: ArrayLike, k: int) -> Array:
 
     `pyramid_decode` inverts it. Both run under jit, for an index of any number of bits.
 
+    Cost: n steps in sequence, each over all points at once, on indices in words of 16 bits.
+
     Example:
       >>> code = pyramid_encode(jnp.array([0, -2, 0]), 2)
       >>> int.from_bytes(code.tobytes(), "little")
@@ -135,6 +142,11 @@ def pyramid_decode(index: ArrayLike, n: int, k: int) -> Array:
     Raises:
       ValueError: a size below 1, or another number of bytes.
       TypeError: `index` is not uint8.
+
+    Use it to read what `pyramid_encode` stored; `pyramid_dequantize` restores a whole kernel.
+
+    Cost: n steps in sequence, each with about log2(K) comparisons of long indices, for all points
+    at once.
 
     Example:
       >>> pyramid_decode(jnp.array([7], jnp.uint8), 3, 2)

@@ -59,6 +59,8 @@ def statistical_weight_quantize(
     `fake_quantize` takes the scale from the largest weight: with 2 bits most others become 0.
     `statistical_weight_codes` gives what to store.
 
+    Cost: two passes over the weight, for the mean and the codes; no parameter and no state.
+
     Example:
       >>> print(statistical_weight_quantize(jnp.array([[0.5], [-0.1], [3.0], [-0.4]]), bits=2))
       [[ 0.5]
@@ -92,6 +94,8 @@ def statistical_weight_codes(
       TypeError: as there.
 
     The zero point of a `QTensor` is a code, and here 0 lies between two of them.
+
+    Cost: two passes over the weight, a byte for each code until they are packed.
 
     Example:
       >>> codes, scale = statistical_weight_codes(jnp.array([[0.5], [-0.1], [3.0]]), bits=2)
@@ -132,6 +136,11 @@ def oscillation_tracker_init(codes: ArrayLike) -> OscillationState:
     Raises:
       TypeError: `codes` are not integers.
 
+    Use it at the start of a training with few bits, for each weight that shall be watched;
+    `oscillation_tracker_update` then takes the codes of each step.
+
+    Cost: three arrays of the weight's size: two of int32, one of float32.
+
     Example:
       >>> print(oscillation_tracker_init(jnp.array([1, -1])).frequency)
       [0. 0.]
@@ -163,6 +172,11 @@ def oscillation_tracker_update(
     Raises:
       ValueError: another shape, or `momentum` out of range.
       TypeError: `codes` are not integers.
+
+    Use it to see whether codes settle: where many weights keep turning back late in training,
+    `confidence_guided_annealing` is what to do about it.
+
+    Cost: one pass over the three arrays of the state a step, and the codes.
 
     Example:
       >>> state = oscillation_tracker_init(jnp.array([0, 0]))
@@ -209,6 +223,12 @@ def confidence_guided_mask(
       ValueError: as there, or `boundary` out of range.
       TypeError: as there.
 
+    Use it to count the weights that are not settled, without a history;
+    `oscillation_tracker_update` counts those that did turn back. `confidence_guided_annealing` lets
+    none but these move.
+
+    Cost: two passes over the weight.
+
     Example:
       >>> w = jnp.array([[1.1], [-1.0], [0.001], [-0.2], [3.0], [-0.7]])
       >>> print(confidence_guided_mask(w, bits=2).ravel())
@@ -252,6 +272,11 @@ def confidence_guided_annealing(
 
     Raises:
       ValueError: a number out of its range; in `update`, params missing or of another structure.
+
+    Use it when training has come to rest but for weights that cross their thresholds to and fro,
+    around the same optimizer; from the start on it would freeze nearly all weights.
+
+    Cost: the state of `inner`; two passes over each kernel a step, for its mask.
 
     Example:
       >>> optimizer = confidence_guided_annealing(optax.sgd(1.0), bits=2)
@@ -306,6 +331,12 @@ def learned_step_init(
       ValueError: `bits` or `axis` out of range.
       TypeError: `x` is not floating point.
 
+    Use it once, on a weight or on the first batch of activations. `genie_activation_quantizer_init`
+    searches for the step of the least error instead, and `elastic_quantizer_init` does so for many
+    formats.
+
+    Cost: one pass.
+
     Example:
       >>> print(learned_step_init(jnp.array([0.5, -1.5]), bits=2))
       [2.]
@@ -352,6 +383,9 @@ def learned_step_quantize(
 
     For the activations next to `statistical_weight_quantize`, shifted by what every channel learns
     before and after: `learned_step_quantize(x + before, step, bits=2) + after`.
+
+    Cost: one elementwise pass; a number to learn for each group, whose gradient is a sum over its
+    entries.
 
     Example:
       >>> x = jnp.array([-3.0, -0.3, 0.3, 3.0])

@@ -44,7 +44,11 @@ def hadamard_matrix(n: int, *, dtype: DTypeLike = jnp.float32) -> Array:
         multiples without.
       TypeError: `n` is not an int, or `dtype` not floating point.
 
-    Times a diagonal of random signs it is a random rotation that costs n log n operations.
+    Use it for a rotation that is fixed, times a diagonal of random signs for a random one;
+    `weight_outlier_minimization_init` fits the rotation to the weights.
+
+    Cost: n² numbers, built on the host. A product with it takes n² multiplications a vector, where
+    a fast transform would take n log2(n) sums.
 
     Example:
       >>> print(2 * hadamard_matrix(4))
@@ -147,6 +151,8 @@ def quantization_space_utilization_rate(
     It says how well a tensor suits a uniform quantizer before any is run, to compare transforms of
     it; `ostquant` trains on the network's output instead. QSUR^(1/d) compares dimensions.
 
+    Cost: an eigendecomposition, O(d³), and O(d²) a sample for their covariance.
+
     Example:
       >>> stretched = jnp.diag(jnp.array([4.0, 1.0]))
       >>> rate = quantization_space_utilization_rate(covariance=stretched, extent="exact")
@@ -225,6 +231,9 @@ def weight_outlier_minimization_init(weights: Sequence[ArrayLike]) -> Array:
 
     The start of `ostquant`; better than a random Hadamard rotation, which ignores the weights.
 
+    Cost: O(in² out) for the second moment of each kernel and an eigendecomposition, O(in³), for
+    each head; no data.
+
     Example:
       >>> kernel = jnp.array([[9.0, 0.0], [0.0, 1.0]])
       >>> rotated = weight_outlier_minimization_init([kernel]).T @ kernel
@@ -270,8 +279,7 @@ def cayley_update(rotation: ArrayLike, gradient: ArrayLike, learning_rate: Array
       learning_rate: η, scalar or broadcastable to `[..., 1, 1]`; negative ones ascend.
 
     Returns:
-      The next R, in the type of `rotation`, computed in at least float32 at the price of one
-      solve of size n.
+      The next R, in the type of `rotation`, computed in at least float32.
 
     Raises:
       ValueError: shapes that differ or are not square.
@@ -279,6 +287,8 @@ def cayley_update(rotation: ArrayLike, gradient: ArrayLike, learning_rate: Array
 
     `stiefel_adam` uses it on an average of gradients; a retraction by QR or SVD instead would stay
     on the manifold too, but not turn back by the opposite step as this does.
+
+    Cost: a solve and two products of n × n matrices, O(n³).
 
     Example:
       >>> rotation = cayley_update(jnp.eye(2), jnp.array([[0.0, 1.0], [0.0, 0.0]]), 1.0)
@@ -351,8 +361,11 @@ def stiefel_adam(
       ValueError: a number out of its range; in `update`, no params, or leaves that are not square
         or do not fit the gradients.
 
-    For the rotations among the parameters, by `optax.multi_transform`; scales beside them take an
-    ordinary Adam. Where no constraint matters, ordinary Adam is cheaper: a step here costs a solve.
+    Use it for the rotations among the parameters, by `optax.multi_transform`; scales beside them,
+    and matrices that need not be orthogonal, take an ordinary Adam.
+
+    Cost: one moment of the size of each matrix, and a number; a solve and eight products of n × n
+    matrices a step, O(n³).
 
     Example:
       >>> optimizer = stiefel_adam(0.1)

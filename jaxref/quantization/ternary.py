@@ -53,6 +53,8 @@ def ternary_weight_quantize(
     it is. `quantize` with 2 bits has the same codes for a scale of max|w|, which makes almost all
     weights 0. `bit_linear` trains through it.
 
+    Cost: 2 bits a weight, no data; a sort of all weights for the median, a pass for the mean.
+
     Example:
       >>> q = ternary_weight_quantize(jnp.array([0.5, -0.75, 0.25, -9.0]))
       >>> print(q.codes, q.scale)
@@ -111,6 +113,9 @@ def bit_linear(
     of training on; `llm_int8_matmul` and the functions of this room quantize what is trained.
     `jaxref.nn.BitLinear` is the module.
 
+    Cost: one int8 product, in training two floating-point ones in the backward pass; `w` that is an
+    array is quantized at each call, with a sort for the median.
+
     Example:
       >>> x, w = jnp.array([[3.0, 1.0, -1.0, 1.0]]), jnp.array([[1.2], [-0.2], [-0.9], [1.1]])
       >>> print(bit_linear(x, w).round(3), bit_linear(x, ternary_weight_quantize(w)).round(3))
@@ -165,6 +170,8 @@ def pack_trits(codes: ArrayLike) -> Array:
 
     Use it for storage and transfer; a `QTensor` of 2 bits is quicker to unpack.
 
+    Cost: O(n), 1.6 bits a code.
+
     Example:
       >>> pack_trits(jnp.array([1, 0, -1, -1, -1, 1]))
       Array([  5, 122], dtype=uint8)
@@ -197,6 +204,11 @@ def unpack_trits(values: ArrayLike, *, padding: int = 0) -> Array:
     Raises:
       ValueError: `padding` out of range, or values without axes.
       TypeError: `values` are not uint8.
+
+    Use it when loading what `pack_trits` stored, before weights are multiplied; the codes of a
+    `QTensor` are read by `unpack`.
+
+    Cost: five divisions with remainder a byte.
 
     Example:
       >>> unpack_trits(jnp.array([5, 122], jnp.uint8), padding=4)

@@ -58,6 +58,9 @@ def quantize(x: ArrayLike, spec: QuantSpec) -> QTensor:
     granularity="channel", axis=1)`, one scale for each output, is GLM-130B's quantization for
     inference: of linear layers' weights alone, rounded to nearest, with 16-bit activations.
 
+    Cost: two passes, for the ranges and the codes, no data; a code of 2, 4 or 8 bits for each
+    entry, and a float32 scale for each group.
+
     Example:
       >>> rows = QuantSpec(bits=4, granularity="channel", axis=0)
       >>> q = quantize(jnp.array([[0.4, -1.0, 0.3], [9.0, 2.0, 0.0]]), rows)
@@ -95,6 +98,11 @@ def dequantize(q: QTensor, *, dtype: DTypeLike | None = None) -> Array:
       ValueError: the shapes of scale or zero point do not fit the values and the spec, or there is
         a zero point though the spec is symmetric (or none though it is not).
       TypeError: `q` is not a `QTensor`, or `dtype` not floating point.
+
+    Use it where the numbers themselves are wanted, to compare methods or before an operation that
+    knows no codes; `quantized_linear` and `int8_matmul` multiply by the codes.
+
+    Cost: one elementwise pass; the whole tensor in `dtype`.
 
     Example:
       >>> q = quantize(jnp.array([0.4, -3.0, 2.2]), QuantSpec(bits=3))
@@ -145,6 +153,8 @@ def fake_quantize(x: ArrayLike, spec: QuantSpec) -> Array:
       TypeError: `x` is not floating point, or `spec` not a `QuantSpec`.
 
     For quantization-aware training; `quantize` where the memory is to shrink.
+
+    Cost: two passes, for the ranges and the levels; the memory of `x` stays.
 
     Example:
       >>> spec = QuantSpec(bits=3)

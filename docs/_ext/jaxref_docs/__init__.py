@@ -27,7 +27,7 @@ from jaxref_docs.render import (
     link_to_page,
     link_to_paper,
 )
-from jaxref_docs.site import Site
+from jaxref_docs.site import PROGRAMS, Site
 from jaxref_docs.site import title as heading
 
 
@@ -82,7 +82,11 @@ class RoomPage(JaxrefDirective):
         return made
 
     def methods(self, room: Room, methods: list[Symbol]) -> nodes.table:
-        """The comparison: name and what it computes, when to use it, where it is from."""
+        """The comparison: name and what it computes, when to use it, what it costs, where it is
+        from. A program's functions, which nobody chooses between, have the first and the last."""
+        heads = ["Method", "When to use it", "Cost", "Paper"]
+        if room.name in PROGRAMS:
+            heads = ["Method", "Paper"]
         rows: list[tuple[list[list[nodes.Node]], str]] = []
         for topic in room.topics:
             chosen = [symbol for symbol in topic.symbols if symbol in methods]
@@ -91,25 +95,28 @@ class RoomPage(JaxrefDirective):
                     self.site.page(room, topic), nodes.strong("", heading(room, topic))
                 )
                 rows.append(([[nodes.paragraph("", "", head)]], "of-topic"))
-            rows += [(self.method(room, symbol), "") for symbol in chosen]
-        return table(["Method", "When to use it", "Paper"], rows, "methods")
+            for symbol in chosen:
+                cells = self.cells(room, symbol)
+                rows.append(([cells[head] for head in heads], ""))
+        return table(heads, rows, "methods")
 
-    def method(self, room: Room, symbol: Symbol) -> list[list[nodes.Node]]:
+    def cells(self, room: Room, symbol: Symbol) -> dict[str, list[nodes.Node]]:
+        """A row, by the heads of the columns."""
         blocks = parse(symbol.docstring)
         write = Writer(self.site, room.name, symbol)
         name = nodes.paragraph("", "", link_to(symbol, symbol.short), classes=["name"])
-        when: list[nodes.Node] = []
-        if text := advice(blocks):
-            when.append(write.paragraph(text))
-        if text := cost(blocks):
-            content = [nodes.strong("", "Cost. "), *write.inline(text)]
-            when.append(nodes.paragraph("", "", *content))
         papers = self.site.papers_of.get(symbol.name, [])
-        where = [paper_line(paper) for paper in papers] or [
+        where: list[nodes.Node] = [paper_line(paper) for paper in papers] or [
             nodes.paragraph("", "", arxiv_link(number))
             for number in arxiv_numbers(symbol.docstring)
         ]
-        return [[name, write.paragraph(summary(blocks))], when, where]
+        when, costs = advice(blocks), cost(blocks)
+        return {
+            "Method": [name, write.paragraph(summary(blocks))],
+            "When to use it": [write.paragraph(when)] if when else [],
+            "Cost": [write.paragraph(f"{costs[:1].upper()}{costs[1:]}")] if costs else [],
+            "Paper": where,
+        }
 
 
 class TopicIntroduction(JaxrefDirective):

@@ -91,30 +91,25 @@ def paragraphs(blocks: tuple[Block, ...]) -> list[str]:
 
 
 def advice(blocks: tuple[Block, ...]) -> str:
-    """When to use it: the sentences that begin with "Use", or else what follows the sections."""
-    sentences = [s for text in paragraphs(blocks) for s in split_sentences(text)]
-    if chosen := [s for s in sentences if re.match(r"Use\b|Prefer\b|For [^.]* use\b", s)]:
-        return " ".join(chosen)
+    """When to use it: the paragraphs that begin with "Use", or else the sentences that do, or else
+    what follows the sections."""
+    texts = [text for text in paragraphs(blocks) if not text.startswith(_COST)]
+    begins = re.compile(r"Use\b|Prefer\b|For [^.]* use\b")
+    for parts in (texts, [s for text in texts for s in split_sentences(text)]):
+        if chosen := [part for part in parts if begins.match(part)]:
+            return " ".join(chosen)
     sections = [i for i, b in enumerate(blocks) if isinstance(b, Section) and b.name != "Example"]
-    after = [b for b in blocks[sections[-1] :] if isinstance(b, Text)] if sections else []
-    after = [b for b in after if b.role == "paragraph"]
-    return after[0].text if after else ""
+    after = paragraphs(blocks[sections[-1] :]) if sections else []
+    return next((text for text in after if text in texts), "")
 
 
-_COST = re.compile(
-    r"^Costs?: |\b(costs (?!is|are)|cheap(er|est)?\b|expensive|faster\b|slower\b|memory\b"
-    r"|(passes|pass) over|(forward|backward) pass(es)?\b|evaluations of"
-    r"|gradients? (a|per|each) step|times the (time|work))|\bO\([^)]*[a-zA-Z²³]\)"
-)
+_COST = "Cost: "
 
 
 def cost(blocks: tuple[Block, ...]) -> str:
-    """What it costs: the sentences about time, memory and passes, those of `advice` left out."""
-    given = advice(blocks)
-    sentences = [s for text in paragraphs(blocks)[1:] for s in split_sentences(text)]
-    # A sentence with an equation defines something; it does not say what a call costs.
-    chosen = [s for s in sentences if _COST.search(s) and s not in given and " = " not in s]
-    return " ".join(re.sub(r"^Costs?: ", "", s) for s in chosen)
+    """What it costs: the paragraph that says so."""
+    found = [text for text in paragraphs(blocks) if text.startswith(_COST)]
+    return " ".join(text.removeprefix(_COST) for text in found)
 
 
 def split_sentences(text: str) -> list[str]:

@@ -13,6 +13,9 @@ from jaxref_docs.package import Package, Room, Symbol, Topic
 SPLIT_ABOVE = 45
 """Rooms of more names than this have a page for each topic."""
 
+PROGRAMS = {"train", "papers"}
+"""Rooms of commands, whose functions are not methods to choose between."""
+
 
 class Site:
     """Everything that the pages show, read from a clone of the repository."""
