@@ -14,7 +14,11 @@ author = "The jaxref authors"
 project_copyright = author
 version = release = _version[1] if _version else ""
 
-extensions = ["jaxref_docs"]
+extensions = ["myst_nb", "jaxref_docs"]
+nb_execution_mode = "off"  # the notebooks are committed with their outputs
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"
 exclude_patterns = ["_build", "_ext", "_static"]
 
 smartquotes = False  # quotes and primes of formulas and code stay as they are

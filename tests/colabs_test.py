@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -61,6 +62,18 @@ def test_is_committed_with_its_outputs(path):
     assert not any(output.output_type == "error" for c in cells for output in c.outputs)
     assert any("image/png" in o.get("data", {}) for c in cells for o in c.outputs)
     assert path.stat().st_size < 2**20
+
+
+def test_the_course_has_each_of_them_once():
+    listed = re.findall(r"\]\((\w+)\.ipynb\)", (COLABS / "README.md").read_text())
+    assert sorted(listed) == [path.stem for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_installs_jaxref_where_it_is_missing_and_ends_with_exercises(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert 'find_spec("jaxref") is None' in cells[1].source
+    assert "## Exercises" in cells[-1].source
 
 
 @pytest.mark.slow

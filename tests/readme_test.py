@@ -3,6 +3,8 @@ import io
 import re
 from pathlib import Path
 
+from jaxref.papers import load
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -31,3 +33,13 @@ def test_every_room_is_in_the_table():
     rooms = {path.parent.name for path in (ROOT / "jaxref").glob("*/__init__.py")}
     named = set(re.findall(r"`jaxref\.(\w+)`", README))
     assert rooms - {"core"} <= named
+
+
+def test_the_table_counts_the_papers_of_the_index():
+    papers = load()
+    assert f"methods of {len(papers)} research papers" in README
+    rows = re.findall(r"^\| (`jaxref\.\w+`[^|]*) \| ([\d ]*)\|", README, re.MULTILINE)
+    for cell, number in rows:
+        rooms = set(re.findall(r"`jaxref\.(\w+)`", cell))
+        theirs = [p for p in papers if rooms & {symbol.split(".")[1] for symbol in p.symbols}]
+        assert len(theirs) == int(number or 0), cell

@@ -40,6 +40,8 @@ def absolute_relative_error(
     Use it, with `depth_accuracy`, as the first number of a benchmark; far pixels count less than in
     `root_mean_squared_error`.
 
+    Cost: one pass over the maps.
+
     Example:
       >>> print(absolute_relative_error(jnp.array([[1.5, 5.0]]), jnp.array([[2.0, 4.0]])))
       0.25
@@ -72,6 +74,8 @@ def root_mean_squared_log_depth_error(
       TypeError: predictions that are not floating point.
 
     Use it where a factor matters and not a difference; `log10_error` weighs outliers less.
+
+    Cost: one pass over the maps, with two logarithms a pixel.
 
     Example:
       >>> print(root_mean_squared_log_depth_error(jnp.array([[2.0, 1.0]]), jnp.array([[1.0, 2.0]])))
@@ -106,6 +110,8 @@ def log10_error(
       TypeError: predictions that are not floating point.
 
     Use it as benchmarks of indoor depth do; `root_mean_squared_log_depth_error` is theirs of roads.
+
+    Cost: one pass over the maps, with two logarithms a pixel.
 
     Example:
       >>> print(log10_error(jnp.array([[10.0, 1.0]]), jnp.array([[1.0, 1.0]])))
@@ -145,6 +151,8 @@ def depth_accuracy(
 
     Use it to see how many pixels are of use; `absolute_relative_error` says how far off the others
     are.
+
+    Cost: one pass over the maps.
 
     Example:
       >>> print(depth_accuracy(jnp.array([[1.2, 1.3]]), jnp.array([[1.0, 1.0]])))
@@ -190,6 +198,8 @@ def human_disagreement_rate(
       TypeError: `first_depths` not floating point.
 
     Use it where images have no measured depth; it sees the order alone.
+
+    Cost: one pass over the pairs, however large the images.
 
     Example:
       >>> a, b = jnp.array([2.0, 1.0, 1.0]), jnp.array([1.0, 1.05, 2.0])

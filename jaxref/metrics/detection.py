@@ -32,6 +32,8 @@ def box_overlaps(boxes: ArrayLike, true_boxes: ArrayLike) -> np.ndarray:
     Use it for `detection_average_precision`; `jaxref.losses.iou_loss` compares pairs of boxes, with
     a gradient.
 
+    Cost: O(detections · objects) time and memory, for all pairs.
+
     Example:
       >>> print(box_overlaps([[0, 0, 2, 2]], [[1, 0, 3, 2], [0, 0, 2, 2]]).round(3))
       [[0.333 1.   ]]
@@ -84,8 +86,11 @@ def detection_average_precision(
       ValueError: `scores` and `overlaps` of other images or detections, a threshold outside of
         (0, 1], or less than two `recall_levels`.
 
-    The mean over classes is mAP. `detection_average_recall` leaves out how many detections were
-    wrong.
+    Use it to report a detector, its mean over classes (mAP) for several; `detection_average_recall`
+    leaves out how many detections were wrong.
+
+    Cost: a sort of all scores, and for each threshold a Python step with a pass over the objects
+    for every detection.
 
     Example:
       >>> overlaps = box_overlaps([[0, 0, 2, 2], [5, 5, 6, 6]], [[0, 0, 2, 2], [9, 9, 10, 10]])
@@ -141,6 +146,9 @@ def detection_average_recall(
     Use it for proposals, which are to miss nothing; `detection_average_precision` charges for those
     that are wrong.
 
+    Cost: a sort of all scores, and for each threshold a Python step with a pass over the objects
+    for each kept detection.
+
     Example:
       >>> overlaps = box_overlaps([[0, 0, 2, 2], [5, 5, 6, 6]], [[0, 0, 2, 2], [9, 9, 10, 10]])
       >>> detection_average_recall([[0.9, 0.8]], [overlaps])
@@ -179,6 +187,8 @@ def panoptic_quality(overlaps: Sequence[ArrayLike]) -> float:
 
     Use it where every pixel has one label; its mean over classes is that of a dataset.
     `detection_average_precision` is for segments with scores, which may overlap.
+
+    Cost: one pass over the overlaps of each image.
 
     Example:
       >>> panoptic_quality([np.array([[0.8, 0.0], [0.0, 0.4]])])

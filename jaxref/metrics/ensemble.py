@@ -41,6 +41,8 @@ def ensemble_probability(
     Use it over members, such as two networks or the models of several folds; `video_probability`
     is for the frames of one video.
 
+    Cost: one pass over the probabilities, those of all models at once.
+
     Example:
       >>> print(ensemble_probability(jnp.array([[0.9, 0.2], [0.5, 0.4]])).round(2))
       [0.7 0.3]
@@ -100,6 +102,8 @@ def video_probability(
       TypeError: probabilities that are not floating point.
 
     Use it with `log_loss`, for which a single sure error would be ruinous.
+
+    Cost: one pass over the frames.
 
     Example:
       >>> frames, found = jnp.array([[0.9, 0.7, 0.1], [1.0, 1.0, 1.0]]), jnp.array([1, 1, 0]) == 1

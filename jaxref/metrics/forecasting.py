@@ -65,6 +65,8 @@ def investment_metrics(
     Use it to judge the forecasts that `jaxref.losses.mean_absolute_directional_loss` chose. A loss
     of the forecast's size, such as RMSE, says nothing about what trading on it would have earned.
 
+    Cost: a few running sums, products and maxima along the time, each one pass over the returns.
+
     Example:
       >>> returns, positions = jnp.array([0.5, -0.5, 0.25]), jnp.array([1.0, 1.0, -1.0])
       >>> result = investment_metrics(returns, positions, periods_per_year=3)
@@ -134,6 +136,8 @@ def mean_absolute_scaled_error(
     Use it to average over series of several scales, those around 0 included, where
     `mean_absolute_percentage_error` fails.
 
+    Cost: one pass over the forecasts and one over the history.
+
     Example:
       >>> history = jnp.array([1.0, 3.0, 2.0, 4.0])
       >>> print(mean_absolute_scaled_error(jnp.array([4.0]), jnp.array([5.0]), history).round(3))
@@ -193,6 +197,8 @@ def weighted_quantile_loss(
     Use it to compare probabilistic forecasts; with the quantile 1/2 alone it is the sum of the
     absolute errors over that of the targets, for point forecasts. To train, take
     `jaxref.losses.multi_quantile_loss`.
+
+    Cost: one pass over the quantiles of each entry; with `axis_name` one sum over the shards.
 
     Example:
       >>> predictions, quantiles = jnp.array([[1.0, 2.0], [4.0, 5.0]]), jnp.array([0.25, 0.5])

@@ -32,6 +32,8 @@ def peak_signal_to_noise_ratio(
 
     Use it for noise and compression; `structural_similarity` sees what the eye does.
 
+    Cost: one pass over the images.
+
     Example:
       >>> print(peak_signal_to_noise_ratio(jnp.full((4, 4, 1), 0.6), jnp.full((4, 4, 1), 0.5)))
       20.0
@@ -79,7 +81,10 @@ def structural_similarity_map(
         positive, or shapes that differ or have less than three axes.
       TypeError: predictions that are not floating point.
 
-    Its mean is `structural_similarity`; as a map it shows where images differ.
+    Use it to see where images differ; its mean is `structural_similarity`.
+
+    Cost: five window means of the images' size, each by 2 `window_size` multiplications a pixel;
+    gradients keep them.
 
     Example:
       >>> image = jnp.arange(64.0).reshape(8, 8, 1) / 64
@@ -150,6 +155,8 @@ def structural_similarity(
     Use it to compare images as the eye does, with no regard to a shift of all values;
     `jaxref.losses.ssim_loss` trains on it.
 
+    Cost: that of `structural_similarity_map`: five window means of the images' size.
+
     Example:
       >>> image = jnp.arange(256.0).reshape(16, 16, 1) / 256
       >>> print(structural_similarity(image, image), structural_similarity(image, 1 - image) < 0)
@@ -183,6 +190,9 @@ def inception_score(probabilities: ArrayLike) -> np.ndarray:
 
     Use it for images of the classifier's own classes; it knows no real image, and
     `frechet_distance` compares with them.
+
+    Cost: one pass over the probabilities, on the host; the classifier's forward pass on each image
+    before it.
 
     Example:
       >>> print(float(inception_score(np.eye(4))), float(inception_score(np.full((3, 4), 0.25))))
@@ -218,6 +228,9 @@ def frechet_distance(features: ArrayLike, reference_features: ArrayLike) -> floa
 
     Use it to compare generators on one set of real images, always with the same number of images,
     as it falls with their number.
+
+    Cost: O(images d² + d³) for d features, on the host: two covariances, their roots and singular
+    values.
 
     Example:
       >>> x = np.random.default_rng(0).normal(size=(50, 3))

@@ -31,8 +31,7 @@ def knn_anomaly_score(
       metric: "cosine" or "euclidean". Default "cosine". A zero vector has cosine 0 with any.
 
     Returns:
-      `[tests]` scores of at least 0 in at least float32, higher for anomalies. Memory is that of
-      all tests times examples.
+      `[tests]` scores of at least 0 in at least float32, higher for anomalies.
 
     Raises:
       ValueError: shapes that do not match, a `metric` that is neither, or a `k` out of range.
@@ -40,6 +39,9 @@ def knn_anomaly_score(
 
     Use it with `roc_auc` to judge one-class features, as those of
     `jaxref.losses.mean_shifted_contrastive_loss`; it needs no labels and no density.
+
+    Cost: tests · examples · features multiplications, all tests times examples in memory, and the k
+    least of each row.
 
     Example:
       >>> train = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])

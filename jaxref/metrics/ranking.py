@@ -23,7 +23,7 @@ def roc_auc(scores: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = N
 
         AUC = mean over pairs of ( 1[s⁺ > s⁻] + 1/2 1[s⁺ = s⁻] )
 
-    the Mann-Whitney statistic, over all entries as one set, by ranks in O(n log n).
+    the Mann-Whitney statistic, over all entries as one set, by ranks.
 
     Args:
       scores: `[...]` floating point, higher for positives.
@@ -40,6 +40,8 @@ def roc_auc(scores: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = N
 
     Use it for one set; under `jax.vmap` for one of each query, and `macro_auc` for many labels.
     `partial_auc` looks at low false positive rates alone.
+
+    Cost: one sort and binary searches, O(n log n) time and O(n) memory in place of all pairs.
 
     Example:
       >>> print(roc_auc(jnp.array([0.9, 0.4, 0.4, 0.1]), jnp.array([1, 1, 0, 0])))
@@ -69,6 +71,8 @@ def area_over_curve(positive_scores: ArrayLike, negative_scores: ArrayLike) -> A
 
     Use it where positives and negatives come apart; `jaxref.losses.mann_whitney_loss` over log 2 is
     never below it. `roc_auc` takes scores with labels.
+
+    Cost: one sort and binary searches, O(n log n) time and O(n) memory in place of all pairs.
 
     Example:
       >>> print(area_over_curve(jnp.array([0.9, 0.4]), jnp.array([0.4, 0.1])))
@@ -109,6 +113,8 @@ def partial_auc(
       TypeError: scores that are not floating point.
 
     Use it where false alarms are dear; `two_way_partial_auc` demands a true positive rate, too.
+
+    Cost: three sorts and binary searches, O(n log n).
 
     Example:
       >>> print(partial_auc(jnp.array([0.9, 0.4, 0.4, 0.1]), jnp.array([1, 1, 0, 0]), max_fpr=0.5))
@@ -164,6 +170,8 @@ def two_way_partial_auc(
     Use it to select checkpoints of a detector that has to find most positives at few false alarms,
     as trained by `jaxref.losses.two_way_partial_auc_loss`; `partial_auc` bounds the latter alone.
 
+    Cost: five sorts, O(n log n), of all n scores however few of them count.
+
     Example:
       >>> scores, labels = jnp.array([0.9, 0.4, 0.4, 0.1]), jnp.array([1, 1, 0, 0])
       >>> print(two_way_partial_auc(scores, labels, max_fpr=0.5, min_tpr=0.5))
@@ -204,6 +212,8 @@ def threshold_at_fpr(
 
     Use it on validation data to set a detector up, and report the F1 score of its decisions on
     others; `partial_auc` needs no threshold.
+
+    Cost: one sort and binary searches, O(n log n).
 
     Example:
       >>> scores, labels = jnp.array([0.9, 0.4, 0.3, 0.1]), jnp.array([1, 0, 1, 0])
@@ -253,6 +263,8 @@ def macro_auc(
     Use it where labels count alike, however rare; `roc_auc` of the whole matrix compares scores of
     different labels.
 
+    Cost: one sort for each label, O(K n log n).
+
     Example:
       >>> scores = jnp.array([[0.9, 0.1], [0.2, 0.1], [0.4, 0.1]])
       >>> print(macro_auc(scores, jnp.array([[1, 1], [0, 0], [0, 1]])))
@@ -288,6 +300,8 @@ def label_imbalance(targets: ArrayLike, *, where: ArrayLike | None = None) -> Ar
 
     Use it to see which labels a surrogate of macro-AUC will find hard; `imbalance_factors` sums
     them up.
+
+    Cost: one pass over the targets.
 
     Example:
       >>> print(label_imbalance(jnp.array([[1, 1], [0, 0], [0, 1], [0, 0]])))
@@ -344,6 +358,8 @@ def imbalance_factors(targets: ArrayLike, *, where: ArrayLike | None = None) -> 
     Use it before choosing among `jaxref.losses.macro_auc_pairwise_loss` and its cheaper relatives;
     `label_imbalance` has the labels apart.
 
+    Cost: one pass over the targets.
+
     Example:
       >>> factors = imbalance_factors(jnp.array([[1, 1], [0, 0], [0, 1], [0, 0]]))
       >>> print(factors.mean, factors.max)
@@ -381,6 +397,8 @@ def top_group_profit(
 
     Use it to see what a ranking earns, as trained by `jaxref.losses.profit_aware_ranking_loss`;
     `roc_auc` of a label counts all mistakes alike.
+
+    Cost: the k highest of each list, no full sort.
 
     Example:
       >>> print(top_group_profit(jnp.array([0.1, 0.9, 0.5]), jnp.array([100.0, 10.0, -4.0]), 2))

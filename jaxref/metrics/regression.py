@@ -49,6 +49,8 @@ def root_mean_squared_error(
     Use it where large errors matter most; the mean of `jaxref.losses.absolute_error` gives all the
     same weight, and `normalized_root_mean_squared_error` compares series of several scales.
 
+    Cost: one pass over the entries; with `axis_name` one sum over the shards.
+
     Example:
       >>> print(root_mean_squared_error(jnp.array([1.0, 5.0]), jnp.array([2.0, -2.0])))
       5.0
@@ -93,6 +95,8 @@ def mean_absolute_percentage_error(
     Use it for positive quantities of several scales; a prediction that is too low is charged for
     less than one that is too high, which `symmetric_mean_absolute_percentage_error` bounds.
 
+    Cost: one pass over the entries; with `axis_name` one sum over the shards.
+
     Example:
       >>> print(mean_absolute_percentage_error(jnp.array([1.5, 5.0]), jnp.array([2.0, 4.0])))
       0.25
@@ -135,6 +139,8 @@ def symmetric_mean_absolute_percentage_error(
       TypeError: predictions that are not floating point.
 
     Use it in place of `mean_absolute_percentage_error` where targets may be 0.
+
+    Cost: one pass over the entries; with `axis_name` one sum over the shards.
 
     Example:
       >>> symmetric = symmetric_mean_absolute_percentage_error
@@ -182,6 +188,9 @@ def r2_score(
       TypeError: predictions that are not floating point.
 
     Use it to judge a fit without regard to units; adjusted, fits of different numbers of features.
+
+    Cost: one pass for the errors and three over the targets (largest, mean, squares); with
+    `axis_name` a maximum and three sums over the shards, or four when adjusted.
 
     Example:
       >>> predictions, targets = jnp.array([2.5, 0.0, 2.0, 8.0]), jnp.array([3.0, -0.5, 2.0, 7.0])
@@ -236,6 +245,9 @@ def relative_absolute_error(
 
     Use it to compare series of several scales; `relative_squared_error` weighs large errors more.
 
+    Cost: one pass for the errors and three over the targets (largest, mean, sizes); with
+    `axis_name` a maximum and three sums over the shards.
+
     Example:
       >>> print(relative_absolute_error(jnp.array([2.0, 2.0, 6.0]), jnp.array([1.0, 3.0, 5.0])))
       0.75
@@ -280,6 +292,9 @@ def relative_squared_error(
 
     Use it to compare series of several scales; its root is `normalized_root_mean_squared_error` by
     the standard deviation, and `r2_score` the same share the other way round.
+
+    Cost: one pass for the errors and three over the targets (largest, mean, squares); with
+    `axis_name` a maximum and three sums over the shards.
 
     Example:
       >>> print(relative_squared_error(jnp.array([2.0, 2.0, 6.0]), jnp.array([1.0, 3.0, 5.0])))
@@ -327,6 +342,9 @@ def normalized_root_mean_squared_error(
 
     Use it to compare series of several scales: by the mean where targets are positive, by the
     standard deviation (1 for the mean of the targets) or range where they are around 0.
+
+    Cost: one pass for the errors and over the targets one for "mean", two for "range", three for
+    "std", each a reduction over the shards with `axis_name`.
 
     Example:
       >>> predictions, targets = jnp.array([2.0, 2.0, 6.0]), jnp.array([1.0, 3.0, 5.0])
@@ -381,6 +399,8 @@ def relative_root_mean_squared_error(
 
     Use it as studies that report it do. It is 1 in the limit of ever larger predictions and no
     larger for wilder ones, so train with `normalized_root_mean_squared_error` instead.
+
+    Cost: one pass over the entries; with `axis_name` two sums over the shards.
 
     Example:
       >>> print(relative_root_mean_squared_error(jnp.array([3.0, 4.0]), jnp.array([0.0, 0.0])))

@@ -38,6 +38,8 @@ def rejection_risk(
     Use it to compare rejectors for one cost; `jaxref.losses.fixed_predictor_rejection_loss` is its
     convex bound. `precision_coverage_curve` compares for every cost.
 
+    Cost: one pass over the scores.
+
     Example:
       >>> scores, correct = jnp.array([1.0, 2.0, -1.0]), jnp.array([True, False, True])
       >>> print(rejection_risk(scores, correct, cost=0.2))
@@ -95,6 +97,8 @@ def precision_coverage_curve(
 
     Use it to compare rejectors at all costs; `coverage_at_precision` reads one point of it.
 
+    Cost: one sort, O(n log n).
+
     Example:
       >>> curve = precision_coverage_curve(jnp.array([0.1, 0.9, 0.5]), jnp.array([0, 1, 1]))
       >>> print(curve.precision.round(3), curve.coverage.round(3))
@@ -151,6 +155,8 @@ def coverage_at_precision(
       TypeError: scores that are not floating point.
 
     Use it to report a rejector by the number that matters, at the precision that is asked for.
+
+    Cost: that of `precision_coverage_curve`, one sort.
 
     Example:
       >>> scores, correct = jnp.array([0.1, 0.9, 0.5, 0.4]), jnp.array([0, 1, 0, 1])

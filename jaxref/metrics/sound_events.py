@@ -41,6 +41,8 @@ def segment_based_f1(
     Use it with `segment_based_error_rate`, the challenge's other measure: F1 ignores how errors are
     spread over segments.
 
+    Cost: one pass over the frames.
+
     Example:
       >>> targets = jnp.array([[1, 0], [1, 0], [0, 0], [0, 1]])
       >>> predictions = jnp.array([[0.9, 0.1], [0.2, 0.3], [0.6, 0.1], [0.4, 0.8]])
@@ -89,7 +91,10 @@ def segment_based_error_rate(
       ValueError: shapes that do not match, `frames_per_segment` below 1, or a threshold outside of
         (0, 1).
 
-    Use it with `segment_based_f1`.
+    Use it with `segment_based_f1`, which counts a miss and a false alarm in one segment as two
+    errors and not as one.
+
+    Cost: one pass over the frames.
 
     Example:
       >>> targets = jnp.array([[1, 0], [1, 0], [0, 0], [0, 1]])

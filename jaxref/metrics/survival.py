@@ -38,7 +38,9 @@ def concordance_index(
       TypeError: risks that are not floating point.
 
     Use it on what `jaxref.losses.discrete_hazard_loss` or `cox_partial_likelihood_loss` trained;
-    `roc_auc` is its form for a fixed time without censoring. It takes O(n²) comparisons.
+    `roc_auc` is its form for a fixed time without censoring.
+
+    Cost: O(n²) comparisons, 256 rows of them in memory at a time.
 
     Example:
       >>> risk, times = jnp.array([0.9, 0.5, 0.1]), jnp.array([1.0, 3.0, 2.0])

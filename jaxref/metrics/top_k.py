@@ -37,6 +37,8 @@ def ndcg_at_k(
 
     Use it where the order among the first ranks matters; `recall_at_k` counts what is there.
 
+    Cost: the k highest of each list, by score and by relevance; no full sort.
+
     Example:
       >>> print(ndcg_at_k(jnp.array([0.9, 0.5, 0.1]), jnp.array([0, 1, 1]), 2).round(4))
       0.3869
@@ -74,6 +76,8 @@ def recall_at_k(
 
     Use it for what retrieval hands on to ranking; `ndcg_at_k` sees the order, and
     `top_group_profit` of the labels is the precision at k.
+
+    Cost: the k highest scores of each list, no full sort.
 
     Example:
       >>> print(recall_at_k(jnp.array([0.9, 0.5, 0.1]), jnp.array([0, 1, 1]), 2))
@@ -116,6 +120,8 @@ def threshold_at_recall(
     Use it on validation data, pooled over queries, to set up a filter of what was retrieved;
     `threshold_at_fpr` bounds the false alarms in place of the misses.
 
+    Cost: two sorts and binary searches, O(n log n).
+
     Example:
       >>> scores, labels = jnp.array([0.9, 0.4, 0.3, 0.1]), jnp.array([1, 0, 1, 0])
       >>> print(threshold_at_recall(scores, labels, 0.8))
@@ -156,6 +162,8 @@ def precision_at_recall(
     Use it to compare scores by what one threshold over all queries makes of them;
     `precision_recall_auc` looks at all thresholds.
 
+    Cost: two sorts and binary searches, O(n log n).
+
     Example:
       >>> scores, labels = jnp.array([0.9, 0.4, 0.3, 0.1]), jnp.array([1, 0, 1, 0])
       >>> print(precision_at_recall(scores, labels).round(4))
@@ -191,6 +199,8 @@ def precision_recall_auc(
 
     Use it in place of `roc_auc` where positives are few. Its steps do not interpolate between
     thresholds, which would promise too much.
+
+    Cost: two sorts and binary searches, O(n log n).
 
     Example:
       >>> scores, labels = jnp.array([0.9, 0.4, 0.3, 0.1]), jnp.array([1, 0, 1, 0])

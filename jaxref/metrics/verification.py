@@ -51,6 +51,8 @@ def class_utility_curves(
     Use it to see which classes a threshold fails; `operating_point_inconsistency_score` sums up
     how far the curves are from each other.
 
+    Cost: O(t n²) time, one threshold after the other, and O(n²) memory for the pairs.
+
     Example:
       >>> cosines = jnp.array([[1.0, 0.9, 0.4], [0.9, 1.0, 0.6], [0.4, 0.6, 1.0]])
       >>> labels, thresholds = jnp.array([0, 0, 1]), jnp.array([0.3, 0.5, 0.8])
@@ -126,8 +128,9 @@ def operating_point_inconsistency_score(
 
     Use it beside recall, which does not see it: two models of one recall can need thresholds that
     differ by class. `epsilon_opis` looks at the worst classes, and
-    `jaxref.losses.threshold_consistent_margin_loss` trains for it. It costs the square of n for
-    each threshold.
+    `jaxref.losses.threshold_consistent_margin_loss` trains for it.
+
+    Cost: a sort of the n² cosines and O(num_thresholds · n²) comparisons; O(n²) memory.
 
     Example:
       >>> angles = jnp.array([0.0, 0.1, 1.0, 2.4])  # the second class is wider
@@ -174,6 +177,8 @@ def epsilon_opis(
       TypeError: embeddings that are not floating point, or labels that are not integer.
 
     Use it where a few classes must not be left behind, and a mean over all would hide them.
+
+    Cost: that of `operating_point_inconsistency_score`: O(num_thresholds · n²) time, O(n²) memory.
 
     Example:
       >>> angles = jnp.array([0.0, 0.1, 1.0, 2.4])

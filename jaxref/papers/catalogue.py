@@ -57,8 +57,16 @@ class Paper(NamedTuple):
 def load() -> tuple[Paper, ...]:
     """All papers of the index, in its order.
 
-    >>> load()[0].arxiv
-    '2204.12511'
+    Returns:
+      A `Paper` for each entry.
+
+    Use it where a program needs the papers; `python -m jaxref.papers` finds them by hand.
+
+    Cost: the file is read and parsed at every call: keep the result.
+
+    Example:
+      >>> load()[0].arxiv
+      '2204.12511'
     """
     text = resources.files("jaxref.papers").joinpath("index.toml").read_text("utf-8")
     return tuple(
@@ -73,8 +81,21 @@ def matching(papers: Iterable[Paper], words: Iterable[str]) -> list[Paper]:
     Looked through are the id, title, authors, year, arXiv number, claim, symbols and renamed
     symbols.
 
-    >>> [paper.id for paper in matching(load(), ["SQUENT"])]
-    ['squentropy']
+    Args:
+      papers: those to choose from, such as `load()`.
+      words: what each paper has to hold; without any, every paper matches.
+
+    Returns:
+      The papers that match, in their order.
+
+    Use it to find the methods of a paper; where a word is misspelled and nothing matches,
+    `near_matches` has words to ask for instead.
+
+    Cost: a search of every word in the entry of every paper.
+
+    Example:
+      >>> [paper.id for paper in matching(load(), ["SQUENT"])]
+      ['squentropy']
     """
     words = [word.lower() for word in words]
     return [paper for paper in papers if all(word in paper.searchable for word in words)]
@@ -83,8 +104,20 @@ def matching(papers: Iterable[Paper], words: Iterable[str]) -> list[Paper]:
 def near_matches(papers: Iterable[Paper], words: Iterable[str]) -> list[str]:
     """Words of the index spelled nearly like those words that it does not hold.
 
-    >>> near_matches(load(), ["squentrpy"])[0]
-    'squentropy'
+    Args:
+      papers: those whose words are known.
+      words: what was asked for; words that some paper holds are left out.
+
+    Returns:
+      Up to three words for each, in lower case and nearest first, none of them twice.
+
+    Use it where `matching` finds no paper, to ask what was meant.
+
+    Cost: a comparison of each unknown word with all words of the index.
+
+    Example:
+      >>> near_matches(load(), ["squentrpy"])[0]
+      'squentropy'
     """
     text = " ".join(paper.searchable for paper in papers)
     vocabulary = {part.strip('.,:;()"').removeprefix("arxiv:") for part in text.split()}
@@ -95,7 +128,22 @@ def near_matches(papers: Iterable[Paper], words: Iterable[str]) -> list[str]:
 
 
 def markdown(papers: Iterable[Paper]) -> str:
-    """The coverage table: paper, arXiv link, symbols, claim test."""
+    """The coverage table: paper, arXiv link, symbols, claim test.
+
+    Args:
+      papers: its rows, in their order.
+
+    Returns:
+      A table in Markdown, without a line end.
+
+    Use it for a file that says what is covered; `matching` answers a question.
+
+    Cost: one line of text for each paper.
+
+    Example:
+      >>> print(markdown(load()[:1]).splitlines()[0])
+      | paper | arXiv | symbols | claim test |
+    """
     lines = ["| paper | arXiv | symbols | claim test |", "|---|---|---|---|"]
     for paper in papers:
         link = f"[{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"

@@ -91,7 +91,8 @@ _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "Directory of the run: configuration, metrics, checkpoints, pictures, sample; or a place in "
-    "Google Cloud Storage, gs://BUCKET/PATH. Default: one for each configuration, under ./runs.",
+    "an object store, gs://BUCKET/PATH or s3://BUCKET/PATH. Default: one for each configuration, "
+    "under ./runs.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
@@ -219,7 +220,7 @@ def _quiet_checkpointing() -> None:
     """A save that fails is raised as an error of one line; orbax, tensorstore and the packages of
     object stores would print the tracebacks of their threads besides."""
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-    for name in ("asyncio", "fsspec", "gcsfs", "google.auth"):
+    for name in ("asyncio", "fsspec", "gcsfs", "s3fs", "google.auth", "botocore", "aiobotocore"):
         getLogger(name).setLevel(CRITICAL)
     print_unraisable = sys.unraisablehook
 

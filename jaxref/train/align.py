@@ -63,6 +63,10 @@ def align(config: ConfigDict, workdir: Path) -> None:
     `align.epochs` times on all of it. The directory `aligned/NAME` of the run then holds a run of
     its own, with alignment.png and samples.txt; started again, it continues.
 
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      workdir: the working directory of the run to start from.
+
     Raises:
       ConfigError: a configuration that does not go together.
       ValueError: a number out of range, or a configuration other than the directory's.

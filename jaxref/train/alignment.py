@@ -62,7 +62,19 @@ def grpo(
     normalise_std: bool = True,
 ) -> Alignment:
     """Group relative policy optimization: rewards on the scale of their prompt's, clipped ratios,
-    and β times the divergence from the model at the start; a mean over the rollouts' means."""
+    and β times the divergence from the model at the start; a mean over the rollouts' means.
+
+    Args:
+      samples: rollouts of each prompt, at least 1; given by the program.
+      clip_low: how far a ratio of probabilities may fall below 1, at least 0. Default 0.2.
+      clip_high: how far it may rise above 1, at least 0. Default 0.2.
+      beta: β at least 0. Default 0.04; 0 leaves the divergence out.
+      normalise_std: whether advantages are divided by the standard deviation of the prompt's
+        rewards. Default: yes.
+
+    Returns:
+      The `Alignment`.
+    """
 
     def loss(log_probs: Array, entropy: Array, batch: Batch) -> Array:
         del entropy
@@ -93,7 +105,22 @@ def hapo(
     advantage_strength: float = 1.0,
     tau: float = 0.05,
 ) -> Alignment:
-    """HAPO: temperature, advantages and clips of every token by its entropy (`hapo_loss`)."""
+    """HAPO: temperature, advantages and clips of every token by its entropy (`hapo_loss`).
+
+    Args:
+      samples: rollouts of each prompt, at least 1; given by the program.
+      clip_low: how far a ratio of probabilities may fall below 1, at least 0. Default 0.2.
+      clip_high: how far it may rise above 1, at least 0. Default 0.2.
+      dual_clip: the largest ratio that counts for negative advantages, above 1. Default 10; None
+        for none.
+      pivot: of the normalised entropy, as in `jaxref.losses.normalised_entropy`. Default 0.8.
+      clip_strength: how much clips follow the entropy, at least 0. Default 1.
+      advantage_strength: how much advantages do, in [0, 1]. Default 1.
+      tau: the share by which temperatures do, in [0, 1). Default 0.05.
+
+    Returns:
+      The `Alignment`.
+    """
 
     def loss(log_probs: Array, entropy: Array, batch: Batch) -> Array:
         where = batch["where"]
@@ -140,7 +167,21 @@ def d3s(
     sequence_ratio: bool = False,
 ) -> Alignment:
     """D³S: from a few rollouts and tokens that say most to, in the end, all of them
-    (`d3s_policy_loss`)."""
+    (`d3s_policy_loss`).
+
+    Args:
+      samples: rollouts of each prompt, at least 1; given by the program.
+      clip_low: how far a ratio of probabilities may fall below 1, at least 0. Default 0.2.
+      clip_high: how far it may rise above 1, at least 0. Default 0.2.
+      first_share, last_share: shares of the rollouts at the start and at the end, in (0, 1].
+        Default a quarter, and all.
+      first_token_share, last_token_share: likewise of the tokens. Default a fifth, and all.
+      sequence_ratio: whether the ratio is one for all tokens of a rollout (GSPO), whose clips are
+        far closer. Default: no.
+
+    Returns:
+      The `Alignment`.
+    """
 
     def loss(log_probs: Array, entropy: Array, batch: Batch) -> Array:
         count = len(log_probs)
@@ -168,7 +209,16 @@ def d3s(
 
 def pcpg(*, samples: int, kernel_size: int = 5, stride: int = 2) -> Alignment:
     """The policy gradient of windows of tokens (`pseudo_convolutional_policy_gradient_loss`), each
-    of which is given the advantage of its rollout: there is one reward, for the whole."""
+    of which is given the advantage of its rollout: there is one reward, for the whole.
+
+    Args:
+      samples: rollouts of each prompt, at least 1; given by the program.
+      kernel_size: tokens of a window, at least 1. Default 5.
+      stride: tokens from one window to the next, from 1 to `kernel_size`. Default 2.
+
+    Returns:
+      The `Alignment`.
+    """
 
     def loss(log_probs: Array, entropy: Array, batch: Batch) -> Array:
         del entropy
@@ -190,7 +240,18 @@ def f_dpo(
     label_smoothing: float = 0.0,
 ) -> Alignment:
     """f-DPO on all pairs of a prompt's rollouts of which one has the higher reward
-    (`f_dpo_loss`)."""
+    (`f_dpo_loss`).
+
+    Args:
+      samples: rollouts of each prompt, at least 1; given by the program.
+      beta: how dear the distance from the model at the start is, above 0. Default 0.1.
+      divergence: "reverse_kl" (the default, DPO), "forward_kl", "jensen_shannon" or "alpha".
+      alpha: of the last, in (0, 1). Default 1/2.
+      label_smoothing: the share of pairs that are taken for mistaken, in [0, 1/2). Default 0.
+
+    Returns:
+      The `Alignment`.
+    """
 
     def loss(log_probs: Array, entropy: Array, batch: Batch) -> Array:
         del entropy
@@ -218,7 +279,14 @@ def f_dpo(
 
 
 def dpo(*, samples: int, beta: float = 0.1, label_smoothing: float = 0.0) -> Alignment:
-    """`f_dpo` with the reverse KL divergence."""
+    """`f_dpo` with the reverse KL divergence.
+
+    Args:
+      samples, beta, label_smoothing: as for `f_dpo`.
+
+    Returns:
+      The `Alignment`.
+    """
     return f_dpo(samples=samples, beta=beta, label_smoothing=label_smoothing)
 
 

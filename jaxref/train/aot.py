@@ -82,6 +82,14 @@ class Report(NamedTuple):
 def compile_step(config: ConfigDict, pod: Any, name: str = "") -> Report:
     """Compiles the training step of a configuration for a pod.
 
+    Args:
+      config: the whole configuration; of its data, `data.vocab_size` alone is read.
+      pod: the devices to compile for, from `jaxref.train.chips.describe_pod`.
+      name: what the report calls the configuration. Default: nothing.
+
+    Returns:
+      The `Report`; without `work` where the step does not fit the memory of a chip.
+
     Raises:
       ConfigError, ValueError: a configuration that cannot be run, or not on so many devices.
     """
@@ -100,9 +108,9 @@ def compile_step(config: ConfigDict, pod: Any, name: str = "") -> Report:
     from jaxref.train.program import build
     from jaxref.train.roofline import Sent, Work, active_parameters, model_flops
 
-    if config.data.name.partition(":")[0] in ("digits", "images"):
+    if config.data.name.partition(":")[0] not in ("python_stdlib", "text", "tokens"):
         raise ConfigError(
-            f"data.name={config.data.name} is of images; ahead of time, language models are "
+            f"data.name={config.data.name} is no text; ahead of time, language models are "
             "compiled: choose data.name=tokens:FILE and data.vocab_size"
         )
     program = build(config, config.data.vocab_size, devices=pod.devices)
@@ -200,7 +208,15 @@ def _bytes_in(message: str) -> int | None:
 
 
 def advice(report: Report, config: ConfigDict) -> list[str]:
-    """What would make a step fit, from what it needs; the most promising first."""
+    """What would make a step fit, from what it needs; the most promising first.
+
+    Args:
+      report: of a step that does not fit.
+      config: the configuration that was compiled.
+
+    Returns:
+      Lines of text with the flags to set.
+    """
     memory, mesh, model = report.memory, report.mesh, config.model
     held = memory.parameters + memory.optimizer + memory.rest
     chips, sharded = math.prod(mesh.values()), math.prod(mesh.values()) // mesh["data"]
@@ -248,7 +264,16 @@ def advice(report: Report, config: ConfigDict) -> list[str]:
 
 
 def describe(report: Report, pod: Any) -> str:
-    """The report as it is printed."""
+    """The report as it is printed.
+
+    Args:
+      report: from `compile_step`.
+      pod: what it was compiled for.
+
+    Returns:
+      Lines of text: the mesh, the memory of a chip and, where the step fits, its work and its
+      times.
+    """
     from jaxref.train.roofline import estimate
 
     mesh = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items() if n > 1) or "1 chip"
@@ -315,7 +340,16 @@ def describe(report: Report, pod: Any) -> str:
 
 def describe_scaling(report: Report, pod: Any) -> str:
     """How step time and utilisation go on with more chips, and where they are bound by something
-    other than computing."""
+    other than computing.
+
+    Args:
+      report: of a step that fits.
+      pod: what it was compiled for.
+
+    Returns:
+      Two tables, of weak and of strong scaling, to up to 128 times the chips; without a mesh axis
+      fsdp above 1 a line that says so.
+    """
     from jaxref.train.roofline import estimate, scaled
 
     if report.mesh["fsdp"] == 1:
@@ -369,7 +403,17 @@ def _size(size: float) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Does what the command line asks for, and returns the exit status."""
+    """Does what the command line asks for, and returns the exit status.
+
+    Args:
+      argv: the program's name and the command line.
+
+    Returns:
+      0, or 1 where the step does not fit.
+
+    Raises:
+      ConfigError, ValueError, RuntimeError: as `compile_step`, `describe_pod` or `table`.
+    """
     from jaxref.train.__main__ import split_overrides
 
     arguments, overrides = split_overrides(argv)

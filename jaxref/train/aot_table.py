@@ -28,6 +28,9 @@ def table(path: Path) -> None:
     """Compiles every configuration for every topology and writes what came out into a file, between
     the two lines of `MARKERS`.
 
+    Args:
+      path: the file, such as BUILD.md; nothing is written before all has been compiled.
+
     Raises:
       ValueError: a file without these lines.
       RuntimeError: a configuration that cannot be compiled.
@@ -100,6 +103,12 @@ def _row(given: dict[str, Any]) -> str:
 
 def in_words(number: float) -> str:
     """A number in three digits and a word.
+
+    Args:
+      number: at least 0.
+
+    Returns:
+      With "million", "billion" or "trillion" from 1e6 on; below that, all digits.
 
     >>> in_words(70_553_706_496), in_words(812)
     ('70.6 billion', '812')

@@ -73,6 +73,9 @@ def describe_pod(name: str, slices: int = 1) -> Pod:
       name: generation and chips along each dimension, such as v5e:16x16 or v5p:8x8x8.
       slices: how many of it a data-centre network joins.
 
+    Returns:
+      The `Pod`, whose devices a program can be compiled for and not run on.
+
     Raises:
       ValueError: a generation or shape that does not exist.
       RuntimeError: libtpu is not installed.
@@ -121,7 +124,16 @@ def describe_pod(name: str, slices: int = 1) -> Pod:
 def bandwidth(pod: Pod, mesh: Mesh, axes: tuple[str, ...]) -> float:
     """Bytes a second that a chip sends to the devices along some axes of a mesh: over the
     data-centre network where they are in several slices, else over the two links of every
-    dimension of the torus in which their places differ."""
+    dimension of the torus in which their places differ.
+
+    Args:
+      pod: what the mesh is of.
+      mesh: of the pod's devices.
+      axes: names of axes of the mesh, at least one.
+
+    Returns:
+      The bandwidth in one direction, both links of a dimension together.
+    """
     coordinates = [mesh.axis_names.index(axis) for axis in axes]
     group = np.moveaxis(mesh.devices, coordinates, range(len(axes)))
     group = group.reshape(*group.shape[: len(axes)], -1)[..., 0].ravel()

@@ -16,7 +16,23 @@ from jaxref.train.objectives.frame import Objective
 
 
 def build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
-    """The configuration of the model, given the sizes that follow from the data."""
+    """The configuration of the model, given the sizes that follow from the data.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      sizes: what follows from the data, by argument of the model's configuration: `vocab_size` and
+        `max_length` of text, with `architecture` where the objective has one; `image_shape` and
+        `num_classes` of images; `channels` and `num_classes` of series with labels;
+        `context_length`, `horizon` and `channels` of series to forecast.
+
+    Returns:
+      The model's configuration, of which `build(rngs=...)` makes the model.
+
+    Raises:
+      ConfigError: the section names no model, or one that is not of such data, or it has a key that
+        the model does not take or that follows from something else.
+      ValueError: a size that the model refuses.
+    """
     follows = dict.fromkeys(sizes, "the data")
     if "max_length" in sizes:
         follows |= {"vocab_size": "data.vocab_size", "max_length": "length"}
@@ -35,7 +51,21 @@ def build_model_config(config: ConfigDict, sizes: dict[str, Any]) -> Any:
 
 
 def build_objective(config: ConfigDict, vocab_size: int | None) -> Objective:
-    """What is learned, of text with so many ids, or, without, of labels or numbers."""
+    """What is learned, of text with so many ids, or, without, of labels or numbers.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      vocab_size: number of ids of the text; None for images and series, which have labels or
+        numbers to learn.
+
+    Returns:
+      The `Objective`, given the losses of the section `loss` where it asks for them.
+
+    Raises:
+      ConfigError: an objective of text for other data, one that does not exist, an argument that it
+        does not take, or a `loss.name` beside an objective with losses of its own.
+      ValueError: an argument that the objective refuses.
+    """
     name = config.objective.name
     if vocab_size is None and name != "next_token":
         raise ConfigError(
@@ -58,7 +88,14 @@ def build_objective(config: ConfigDict, vocab_size: int | None) -> Objective:
 
 
 def kind_of_data(sizes: dict[str, Any]) -> str:
-    """What the data are whose sizes these are."""
+    """What the data are whose sizes these are.
+
+    Args:
+      sizes: as for `build_model_config`.
+
+    Returns:
+      "text", "images", "series" for those to forecast, or "series with labels".
+    """
     if "vocab_size" in sizes:
         return "text"
     if "image_shape" in sizes:
@@ -67,7 +104,18 @@ def kind_of_data(sizes: dict[str, Any]) -> str:
 
 
 def check_loss(config: ConfigDict, model: Any, sizes: dict[str, Any]) -> None:
-    """Raises where the loss reads what the model does not have."""
+    """Raises where the loss reads what the model does not have.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      model: the model, or one of abstract arrays.
+      sizes: as for `build_model_config`.
+
+    Raises:
+      ConfigError: a loss of numbers for data with labels or tokens, or the reverse; of hidden
+        states for a model without; with an output matrix of its own for tied embeddings or
+        micro-batches; or of two classes for data that have not two.
+    """
     function = resolve(config, "loss")
     asked = inspect.signature(function).parameters
     num_classes, kind = sizes.get("num_classes"), kind_of_data(sizes)
@@ -103,7 +151,18 @@ def check_loss(config: ConfigDict, model: Any, sizes: dict[str, Any]) -> None:
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
     """The learning rate by step. Lengths that the section leaves out follow from the run's:
-    `decay_steps` and `transition_steps` are its steps, `warmup_steps` a tenth of them."""
+    `decay_steps` and `transition_steps` are its steps, `warmup_steps` a tenth of them.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+
+    Returns:
+      `schedule(step)`, the learning rate of a step counted from 0.
+
+    Raises:
+      ConfigError: no such schedule, or an argument that it does not take.
+      ValueError: an argument that it refuses.
+    """
     schedule = resolve(config, "schedule")
     lengths = {
         "decay_steps": config.steps,
@@ -122,7 +181,23 @@ def build_method(
     **given: Any,
 ) -> Method:
     """The training method: an optimizer between clipping by global norm and `last`, or one of
-    `jaxref.train.methods`, which is given what it asks for by name."""
+    `jaxref.train.methods`, which is given what it asks for by name.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      schedule: the learning rate by step.
+      last: what an optimizer's updates go through at the end. Default: nothing.
+      **given: what else a method may ask for: `mesh`, `num_examples`, `logits_shape`.
+
+    Returns:
+      The `Method`.
+
+    Raises:
+      ConfigError: no such optimizer, one without a `learning_rate`, an argument that it does not
+        take or that follows from the run, or `last` for a method that is no optimizer of one
+        gradient.
+      ValueError: an argument that it refuses, or `num_examples` None for one that asks for it.
+    """
     given = {"learning_rate": schedule, "clip_norm": config.clip_norm} | given
     optimizer = resolve(
         config, "optimizer", dict.fromkeys(given, "the run") | {"learning_rate": "schedule"}

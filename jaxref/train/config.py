@@ -78,6 +78,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         configs/default.py. Keys that the file leaves out are the main job's.
       overrides: as in `with_overrides`.
 
+    Returns:
+      The configuration, with every key that the main job's has.
+
     Raises:
       ConfigError: the file is missing, cannot be run or defines no `get_config`, a key does not
         exist (near matches are listed), or a value has another type than the default.
@@ -102,6 +105,9 @@ def with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
       overrides: `"a.b=value"` each, later ones win. Where a string stands, the value is the text
         itself; elsewhere it is a Python literal, or else a string. A component's section is given
         its name: "objective=goldfish" is "objective.name=goldfish".
+
+    Returns:
+      The copy; `config` stays as it is.
 
     Raises:
       ConfigError: as `load_config`.
@@ -158,6 +164,12 @@ def from_json(text: str) -> ConfigDict:
 
     Sections that it does not have, being older, are the main job's.
 
+    Args:
+      text: the JSON.
+
+    Returns:
+      The configuration.
+
     Raises:
       ConfigError: the text is not valid JSON.
     """
@@ -176,6 +188,12 @@ def from_json(text: str) -> ConfigDict:
 def saved_config(workdir: epath.Path) -> ConfigDict:
     """The configuration of the run that a directory belongs to.
 
+    Args:
+      workdir: the directory.
+
+    Returns:
+      The configuration in its `config.json`, as of `from_json`.
+
     Raises:
       FileNotFoundError: it is no run's.
       ConfigError: as `from_json`.
@@ -189,7 +207,14 @@ def saved_config(workdir: epath.Path) -> ConfigDict:
 
 
 def learned(config: ConfigDict) -> str:
-    """What a run learns, by name: its objective, or the loss of that."""
+    """What a run learns, by name: its objective, or the loss of that.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+
+    Returns:
+      `objective.name`, or for "next_token" `loss.name`.
+    """
     is_plain = config.objective.name == "next_token"
     return config.loss.name if is_plain else config.objective.name
 
@@ -315,6 +340,14 @@ def _like(default: Any, value: Any, dotted: str, component: bool) -> Any:
 
 def near(name: str, candidates: Iterable[str]) -> str:
     """What to add to an error about a name that does not exist.
+
+    Args:
+      name: the name.
+      candidates: the names that there are.
+
+    Returns:
+      Up to five candidates that are spelled nearly like it or hold it; if there are none, up to
+      forty of all of them, sorted.
 
     >>> near("gtpq", ["gptq", "lnq"])
     '; did you mean gptq?'

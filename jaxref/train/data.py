@@ -380,6 +380,14 @@ def validation_text(tokens: np.ndarray, *, length: int, max_tokens: int) -> byte
 def num_windows(tokens: np.ndarray, length: int) -> int:
     """How many windows of `length + 1` tokens there are: the examples of an epoch.
 
+    Args:
+      tokens: 1-D integer ids.
+      length: tokens per row, at least 1.
+
+    Returns:
+      The number of windows, which share a token with their neighbours; the rest at the end is left
+      out.
+
     Raises:
       ValueError: fewer tokens than one window.
 

@@ -42,7 +42,11 @@ _heartbeat_timeout = 0
 
 
 def cluster() -> str | None:
-    """The kind of cluster that started this process, as its environment tells; None for none."""
+    """The kind of cluster that started this process, as its environment tells; None for none.
+
+    Returns:
+      A name such as "Kubernetes" or "TPU pod"; nothing is asked of the cluster.
+    """
     for name, variables in _ENVIRONMENTS.items():
         if all(variable in os.environ for variable in variables):
             if name == "Kubernetes" and importlib.util.find_spec("kubernetes") is None:
@@ -209,6 +213,9 @@ def check_agreement(settings: Mapping[str, Any]) -> None:
 def first_process(action: Callable[[], None]) -> None:
     """Does in process 0 what only one may do, while the others wait for it.
 
+    Args:
+      action: called in process 0 alone; without result.
+
     Raises:
       ValueError, OSError: `action` did in process 0: there what it raised, elsewhere a ValueError
         of the same text.
@@ -258,6 +265,9 @@ def agreed_termination() -> Iterator[Callable[[int], bool]]:
 
     jax watches for SIGTERM itself, from `initialize` on. Whoever gets one asks the others which
     step they are at, in threads besides; so a step costs nothing.
+
+    Yields:
+      `terminated(step)`, which says the same in every process.
     """
     previous = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:

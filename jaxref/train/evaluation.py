@@ -28,7 +28,16 @@ class Evaluation(NamedTuple):
 
 def evaluate(model: Any, batch: Batch) -> Evaluation:
     """Cross-entropy of a batch, or the squared error of forecasts; `batch["where"]` says which
-    tokens, images or forecasts count, and the model is in evaluation."""
+    tokens, images or forecasts count, and the model is in evaluation.
+
+    Args:
+      model: of tokens, of classes or of forecasts.
+      batch: "inputs", "targets" and "where", boolean of the shape of the losses: `[rows, length]`
+        of tokens, `[rows]` of images, series and forecasts.
+
+    Returns:
+      The `Evaluation`, sums in float32 over what counts.
+    """
     if jnp.issubdtype(batch["targets"].dtype, jnp.floating):
         error = model(batch["inputs"]).astype(jnp.float32) - batch["targets"]
         squares = jnp.mean(jnp.square(error), axis=(1, 2))

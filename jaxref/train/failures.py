@@ -61,6 +61,9 @@ def meaning(log: str, facts: Mapping[str, Any]) -> str | None:
         seconds, and `process_id`, `num_processes` and `coordinator`, each None where the cluster
         knows.
 
+    Returns:
+      A sentence, and what to do; None where no known error is in the log.
+
     >>> log = "The following tasks are unhealthy (stopped sending heartbeats):\\n2\\n3\\n"
     >>> meaning(log, {"heartbeat_timeout": 10}).partition(".")[0]
     'processes 2, 3 are gone: no sign of life for 10 s'
@@ -93,6 +96,13 @@ def translated(lines: Iterable[str], facts: Mapping[str, Any]) -> Iterator[str]:
     all that the service wrote, and of the stack trace after it.
 
     Where nothing is known of the meaning, the fatal record itself stands there.
+
+    Args:
+      lines: of the log, with their line ends; read to the last.
+      facts: as for `meaning`.
+
+    Yields:
+      The lines to show.
     """
     held: list[str] = []  # records of the service
     fatal = inside = False

@@ -37,7 +37,15 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def commands(processes: int, arguments: Sequence[str]) -> list[list[str]]:
-    """The command lines of the processes, which meet at a free port of this machine."""
+    """The command lines of the processes, which meet at a free port of this machine.
+
+    Args:
+      processes: how many, at least 1.
+      arguments: flags of `jaxref.train`, the same for each.
+
+    Returns:
+      A command line for each process, by its number.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -57,7 +65,14 @@ def commands(processes: int, arguments: Sequence[str]) -> list[list[str]]:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """This process's environment, with so many virtual CPU devices."""
+    """This process's environment, with so many virtual CPU devices.
+
+    Args:
+      devices: how many, at least 1.
+
+    Returns:
+      The variables, with what `XLA_FLAGS` had before.
+    """
     count = f"--xla_force_host_platform_device_count={devices}"
     given = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": given}
@@ -67,6 +82,14 @@ def run_together(
     commands: Sequence[Sequence[str]], environment: dict[str, str], *, grace: float
 ) -> int:
     """Runs the commands until all have ended; none outlives this process, whatever ends it.
+
+    What process 0 writes goes where this process writes; lines of the others go to standard error
+    with their number before them. SIGTERM and Ctrl-C are passed on, a second one as SIGKILL.
+
+    Args:
+      commands: the command lines, of process 0 first.
+      environment: the variables of all of them.
+      grace: seconds that the others have to end when one has failed, before they are killed.
 
     Returns:
       The exit code of the first that failed, with 128 added to the number of a signal; else 0.
@@ -157,13 +180,25 @@ def _how(code: int) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Runs what the command line asks for."""
+    """Runs what the command line asks for.
+
+    Args:
+      argv: the program's name, and what stood behind the flags of this program: the flags of
+        `jaxref.train`.
+
+    Raises:
+      SystemExit: at the end, with the exit code of `run_together`.
+    """
     found = commands(_PROCESSES.value, argv[1:])
     sys.exit(run_together(found, environment(_DEVICES.value), grace=_GRACE.value))
 
 
 def run() -> None:
-    """The program."""
+    """Starts the program: reads the flags of the command line and calls `main`.
+
+    Raises:
+      SystemExit: as `main`; or flags that do not exist.
+    """
     sys.modules["__main__"].__doc__ = __doc__
     app.run(main)
 

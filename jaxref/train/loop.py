@@ -49,7 +49,15 @@ class NonFiniteError(RuntimeError):
 
 
 def default_workdir(config: ConfigDict) -> Path:
-    """`runs/DATA-OPTIMIZER-HASH` under the current directory: one for each configuration."""
+    """`runs/DATA-OPTIMIZER-HASH` under the current directory: one for each configuration.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it. Keys that
+        may change when a run is resumed (`FREE_KEYS`) do not count.
+
+    Returns:
+      The path, relative to the current directory; nothing is created.
+    """
     fixed = {name: value for name, value in config.to_dict().items() if name not in FREE_KEYS}
     digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
     data = config.data.name.partition(":")[0]
@@ -68,7 +76,8 @@ def train(config: ConfigDict, workdir: Path, profile: range = NO_STEPS) -> None:
     Args:
       config: what to train, and how.
       workdir: the working directory.
-      profile: steps of which the first process writes a trace to `workdir / "profile"`.
+      profile: steps of which the first process writes a trace to `workdir / "profile"`. Default:
+        none.
 
     Raises:
       ConfigError, ValueError: a configuration that cannot be run, or other than the directory's;
@@ -149,6 +158,10 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     """Prints the validation loss, and of images the accuracy, of a directory's newest checkpoint;
     or where `quantize.method` is set of the quantized model that the section describes.
 
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      workdir: the working directory of the run.
+
     Raises:
       ConfigError: the section `quantize` describes none.
       CheckpointError: there is no checkpoint that can be read.
@@ -162,6 +175,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
 def print_sample(config: ConfigDict, workdir: Path) -> None:
     """Prints a sample from the newest checkpoint in a working directory; or from a quantized model,
     as for `evaluate`.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it. `sample`
+        says what is written.
+      workdir: the working directory of the run.
 
     Raises:
       ConfigError: the run is one on images, or the section `quantize` describes no model.
@@ -195,6 +213,15 @@ def restore(
 ) -> tuple[TrainState, int]:
     """The state in the newest intact checkpoint of a working directory, and its step.
 
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      data: the run's data.
+      program: the run's program.
+      workdir: the working directory of the run.
+
+    Returns:
+      The state, on the program's devices, and how many steps it has behind it.
+
     Raises:
       CheckpointError: there is no checkpoint that can be read.
     """
@@ -209,6 +236,11 @@ def restore(
 
 class Validation:
     """The held-out data of a run, and the losses that need no model to compare with.
+
+    Args:
+      config: the whole configuration.
+      data: the run's data.
+      program: the run's program, which evaluates.
 
     Attributes:
       unit: what a loss is: nats per byte, say.
@@ -226,7 +258,14 @@ class Validation:
 
     def measure(self, state: TrainState) -> dict[str, float]:
         """`loss`, the mean cross-entropy in nats or the mean squared error, and for images
-        `accuracy`; of the averaged parameters where the run keeps an average."""
+        `accuracy`; of the averaged parameters where the run keeps an average.
+
+        Args:
+          state: the run's state.
+
+        Returns:
+          The numbers by name, means over all tokens, images or forecasts that are held out.
+        """
         params = state.params if state.average is None else state.average
         sums = [
             self._program.evaluate(params, self._program.put(batch), state.model_state)
@@ -244,7 +283,14 @@ class Validation:
         return self.measure(state)["loss"]
 
     def describe(self, loss: float, accuracy: float | None = None) -> str:
-        """The measurement beside the baselines, nats in bits, too."""
+        """The measurement beside the baselines, nats in bits, too.
+
+        Args:
+          loss, accuracy: as of `measure`.
+
+        Returns:
+          One line of text.
+        """
         in_nats = self.unit.startswith("nats")
 
         def number(loss: float, nats: str = "", bits: str = "") -> str:
@@ -370,9 +416,15 @@ def _write_norms(step: int, norms: Any, records: Records | None) -> None:
 def load(config: ConfigDict) -> Data:
     """The text, the images or the series that a configuration names.
 
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+
+    Returns:
+      A `Corpus`, an `ImageSet` or a `SeriesSet`, by the form of `data.name`.
+
     Raises:
       ConfigError: a name of no known form.
-      What `load_corpus`, `load_images` or `load_series` raises.
+      ValueError, FileNotFoundError, ImportError: as `load_corpus`, `load_images` or `load_series`.
     """
     source = config.data.name.partition(":")[0]
     if source in ("digits", "images"):
@@ -394,14 +446,36 @@ def build_program(
     losses: TokenLoss | None = None,
     last: optax.GradientTransformation | None = None,
 ) -> Program:
-    """The program of a run on the data, with `losses` and `last` as for `build`."""
+    """The program of a run on the data, with `losses` and `last` as for `build`.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      data: what is learned from.
+      losses: what to minimise the mean of. Default: the objective's.
+      last: what the optimizer's updates go through at the end. Default: nothing.
+
+    Returns:
+      The `Program`, on all devices that there are.
+
+    Raises:
+      ConfigError, ValueError: as `build`.
+    """
     return build(config, **data.sizes(config), losses=losses, last=last)
 
 
 def training_batches(
     config: ConfigDict, data: Data, rows: np.ndarray | None = None
 ) -> DatasetIterator:
-    """The endless training batches, or of each these rows; a checkpoint can save where they are."""
+    """The endless training batches, or of each these rows; a checkpoint can save where they are.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      data: what they are cut out of.
+      rows: rows of a global batch, ascending. Default: all.
+
+    Returns:
+      An iterator of dictionaries of arrays, in an order that `config.seed` decides.
+    """
     return iter(data.batches(config, rows))
 
 
@@ -460,7 +534,21 @@ def _predictions(program: Program, state: TrainState, inputs: np.ndarray) -> np.
 
 
 def prompt_tokens(config: ConfigDict, corpus: Corpus) -> np.ndarray:
-    """The ids of the tokens that a sample continues."""
+    """The ids of the tokens that a sample continues.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      corpus: the data of the run.
+
+    Returns:
+      Integer `[n]`: the bytes of `sample.prompt`, or the ids that it lists where the corpus is not
+      bytes.
+
+    Raises:
+      ConfigError: a prompt that lists no ids where they are asked for.
+      ValueError: an empty prompt, an id outside of the vocabulary, or another key of `sample` out
+        of range.
+    """
     options = config.sample
     if corpus.is_bytes:
         prompt = np.frombuffer(options.prompt.encode(), np.uint8)
@@ -514,6 +602,13 @@ def _with_reference(config: ConfigDict, program: Program) -> Callable[[Batch], B
 
 def reference(config: ConfigDict, workdir: Path) -> tuple[Program, TrainState]:
     """The model of another run on the same devices and windows, and its newest state.
+
+    Args:
+      config: that of the run that asks for it, whose mesh is taken.
+      workdir: the working directory of the other run.
+
+    Returns:
+      Its program and its state, on the devices of this run.
 
     Raises:
       ConfigError: its vocabulary or windows are others.

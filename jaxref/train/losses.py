@@ -28,6 +28,16 @@ def build_loss(config: ConfigDict) -> TokenLoss:
     of the second of two classes, one with `probabilities` its probability, one with `values` what
     all logits but the last exceed that by; any other reads logits. An argument `key` is given a
     random key, `indices` the examples' places in the training set.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+
+    Returns:
+      `loss(model, batch, key)`: floating point `[rows, length]` of tokens, `[rows]` of images and
+      series.
+
+    Raises:
+      ConfigError: no such loss, or an argument that it does not take.
     """
     function = resolve(config, "loss")
     parameters = inspect.signature(function).parameters
@@ -53,18 +63,43 @@ def build_loss(config: ConfigDict) -> TokenLoss:
 
 
 def how_read(batch: Batch) -> dict[str, Array]:
-    """What a batch says of how its inputs are to be read: arguments of a `Transformer`'s call."""
+    """What a batch says of how its inputs are to be read: arguments of a `Transformer`'s call.
+
+    Args:
+      batch: arrays by name.
+
+    Returns:
+      Those of "prefix_lengths" and "positions" that the batch has.
+    """
     return {name: batch[name] for name in ("prefix_lengths", "positions") if name in batch}
 
 
 def token_cross_entropy(model: Any, batch: Batch) -> Array:
     """-log p of each target of a language model in float32, `[rows, length]`, 0 where
-    `batch["where"]`, if there is one, is False; the logits never exist as a whole."""
+    `batch["where"]`, if there is one, is False; the logits never exist as a whole.
+
+    Args:
+      model: a language model with `hidden` and `output_kernel`.
+      batch: "inputs" and "targets", `[rows, length]` integer; maybe "where", boolean of that shape,
+        and how inputs are to be read (see `how_read`).
+
+    Returns:
+      The losses in nats.
+    """
     return _of_states(model, _states(model, batch), batch)
 
 
 def token_cross_entropy_and_entropy(model: Any, batch: Batch) -> tuple[Array, Array]:
-    """`token_cross_entropy`, and the entropy of each token's prediction, without gradient."""
+    """`token_cross_entropy`, and the entropy of each token's prediction, without gradient.
+
+    Args:
+      model: a language model with `hidden` and `output_kernel`.
+      batch: "inputs" and "targets", `[rows, length]` integer; maybe "where", boolean of that shape,
+        and how inputs are to be read (see `how_read`).
+
+    Returns:
+      Losses and entropies in nats, float32 `[rows, length]` each.
+    """
     hidden = _states(model, batch)
     if isinstance(model.output, OutputOfLoss):
         log_p = jax.lax.stop_gradient(model.logits(hidden))
@@ -108,7 +143,15 @@ def _predictions(asked: Iterable[str], logits: Array) -> Array:
 
 
 def class_logits(model: Any, inputs: Array) -> Array:
-    """Logits of the classes: log-probabilities, where the loss has learned a link to them."""
+    """Logits of the classes: log-probabilities, where the loss has learned a link to them.
+
+    Args:
+      model: of classes, or of forecasts.
+      inputs: what it reads.
+
+    Returns:
+      `[rows, classes]`; of a model of forecasts what it gives.
+    """
     logits = model(inputs)
     loss = getattr(model, "loss", None)
     if loss is None or loss.link is None:
@@ -119,7 +162,18 @@ def class_logits(model: Any, inputs: Array) -> Array:
 
 def build_loss_of_logits(config: ConfigDict) -> Callable[[Array, Batch], Array]:
     """The loss per token, or image, as a function of the logits; one that reads hidden states is
-    cross-entropy."""
+    cross-entropy.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+
+    Returns:
+      `loss(logits, batch)`, of the shape of `batch["targets"]`.
+
+    Raises:
+      ConfigError: no such loss; when the function is called, one that draws random numbers or keeps
+        something.
+    """
     function = resolve(config, "loss")
     parameters = inspect.signature(function).parameters
     if "hidden" in parameters:
@@ -141,6 +195,14 @@ def spread_over_vocabulary(function: Callable[..., Array]) -> Callable[..., Arra
     that of its tokens, over its part of the vocabulary: no logits are exchanged.
 
     The features of the matrix are gathered from wherever they are, in the type of the states.
+
+    Args:
+      function: the loss, such as `jaxref.kernels.linear_softmax_cross_entropy`.
+
+    Returns:
+      `loss(hidden, kernel, targets, where=None)` of global arrays, `[rows, length, features]`,
+      `[features, vocabulary]` and twice `[rows, length]`; sharded as the rules in force say, and as
+      it is without any.
     """
 
     def loss(hidden: Array, kernel: Array, targets: Array, where: Array | None = None) -> Array:
@@ -169,5 +231,12 @@ def spread_over_vocabulary(function: Callable[..., Array]) -> Callable[..., Arra
 
 
 def reads_one_score(asked: Iterable[str]) -> bool:
-    """Whether a loss, by the names of its arguments, is of a single score for each example."""
+    """Whether a loss, by the names of its arguments, is of a single score for each example.
+
+    Args:
+      asked: names of the loss's arguments, in their order.
+
+    Returns:
+      True where the first is `scores` or `probabilities`.
+    """
     return next(iter(asked)) in ("scores", "probabilities")

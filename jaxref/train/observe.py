@@ -140,6 +140,9 @@ def steps_to_profile(text: str | None, steps: int) -> range:
       text: what the flag says.
       steps: of the whole run.
 
+    Returns:
+      The steps, a range of which the last is included.
+
     Raises:
       ConfigError: it is not two whole numbers, of steps of the run, in their order.
 
@@ -167,6 +170,12 @@ def seconds_at_peak(
     """How long the model's operations of a step would take if all chips computed at their published
     peak, that of bfloat16. A step's model-FLOPs utilisation is the share of its time that this is.
 
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      data: a `Corpus`, an `ImageSet` or a `SeriesSet`.
+      program: the run's, for its devices.
+      state: the run's, for its sizes.
+
     Returns:
       The seconds, by `model_flops` of language models; None for other models, and for devices whose
       peak is not known.
@@ -189,6 +198,9 @@ def facts(
       state: the run's, for its sizes.
       data: a `Corpus`, an `ImageSet` or a `SeriesSet`.
       baselines: losses of what needs no model.
+
+    Returns:
+      "parameters", "data", "measure", "baselines", "mesh", "devices", "processes" and "jax".
     """
     devices = program.mesh.devices
     return {

@@ -63,6 +63,10 @@ def save_prediction_plot(
 ) -> epath.Path:
     """Draws `plot_predictions` to the working directory's `predictions.png`.
 
+    Args:
+      workdir: the working directory.
+      images, labels, predicted: as for `plot_predictions`.
+
     Returns:
       The path of the picture.
     """
@@ -120,6 +124,10 @@ def save_forecast_plot(
 ) -> epath.Path:
     """Draws `plot_forecasts` to the working directory's `forecasts.png`.
 
+    Args:
+      workdir: the working directory.
+      inputs, targets, predicted: as for `plot_forecasts`.
+
     Returns:
       The path of the picture.
     """
@@ -175,6 +183,10 @@ def save_alignment_plot(
     after: Mapping[str, float],
 ) -> epath.Path:
     """Draws `plot_alignment` to the working directory's `alignment.png`.
+
+    Args:
+      workdir: the working directory.
+      metrics, reward, before, after: as for `plot_alignment`.
 
     Returns:
       The path of the picture.
@@ -232,6 +244,10 @@ def save_unlearning_plot(
 ) -> epath.Path:
     """Draws `plot_unlearning` to the working directory's `unlearning.png`.
 
+    Args:
+      workdir: the working directory.
+      metrics, before, retrained: as for `plot_unlearning`.
+
     Returns:
       The path of the picture.
     """
@@ -240,6 +256,13 @@ def save_unlearning_plot(
 
 def table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     """Cells under their columns and beside the names of their rows.
+
+    Args:
+      columns: their names.
+      rows: by their names, a cell for each column.
+
+    Returns:
+      Lines of text, of cells to the right.
 
     >>> print(table(["before", "after"], {"loss": ["2.31", "1.42"]}))
              before      after

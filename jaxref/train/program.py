@@ -134,7 +134,15 @@ class Program(NamedTuple):
         )
 
     def model(self, params: Params, model_state: ModelState | None = None) -> Any:
-        """The model with these parameters, in evaluation."""
+        """The model with these parameters, in evaluation.
+
+        Args:
+          params: the parameters.
+          model_state: its statistics. Default: none.
+
+        Returns:
+          The module.
+        """
         model = self.merge(params, model_state or NO_STATE)
         model.eval()
         return model
@@ -147,7 +155,14 @@ class Program(NamedTuple):
         return np.unique(np.concatenate([np.arange(ids.size)[at] for at in places.values()]))
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A batch as arrays sharded over the mesh, given this process's `rows` of it."""
+        """A batch as arrays sharded over the mesh, given this process's `rows` of it.
+
+        Args:
+          batch: arrays by name, of `rows` alone; may have a "where" of the shape of the losses.
+
+        Returns:
+          The global batch, of all processes.
+        """
         like = dict(self.abstract_batch)
         if "where" in batch:  # as the losses, of tokens or of whole examples
             like["where"] = like["targets" if batch["where"].ndim == 2 else "ids"]
@@ -195,6 +210,9 @@ def build(
       losses: `losses(model, batch, key)`, to minimise the mean of. Default: the objective's.
       last: what the optimizer's updates go through at the end. Default: nothing.
       devices: what it runs on, or is compiled for. Default: all that there are.
+
+    Returns:
+      The `Program`; nothing is compiled, and no parameter drawn, before its functions are called.
 
     Raises:
       ConfigError: a component that does not exist, or arguments that it does not take, or that do
@@ -397,7 +415,15 @@ def build(
 
 def split_model(model: nnx.Module) -> tuple[Any, ...]:
     """A model's graph definition, parameters, what the backward pass moves, what it owes the loss,
-    and statistics."""
+    and statistics.
+
+    Args:
+      model: an `nnx.Module`, or one of abstract arrays.
+
+    Returns:
+      The graph definition, and the states of `nnx.Param`, `GradientState`, `AuxiliaryLoss` and all
+      other variables, in this order.
+    """
     return nnx.split(model, nnx.Param, GradientState, AuxiliaryLoss, ...)
 
 
@@ -408,6 +434,15 @@ def make_step(
 
     A step whose loss or gradient is not finite leaves parameters, the method's state and average
     as they were and is counted.
+
+    Args:
+      problem: the model and the loss.
+      method: how the parameters move.
+      average_decay: of the moving average of the parameters, in [0, 1), where the state has one.
+        Default 0.
+
+    Returns:
+      `step(state, batch) -> (state, Metrics)`, not compiled.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -452,7 +487,18 @@ def _at_step(state: TrainState, batch: Batch) -> Batch:
 
 def nonfinite_parameters(problem: Problem, state: TrainState, batch: Batch) -> Any:
     """For each parameter, whether it has a non-finite entry; and whether its gradient on this batch
-    has one."""
+    has one.
+
+    Args:
+      problem: the model and the loss.
+      state: of which the parameters are looked at, and the key gives the randomness of its next
+        step.
+      batch: the batch of the gradient.
+
+    Returns:
+      Two trees like the parameters, of boolean scalars: True where a parameter, and where its
+      gradient, is not finite throughout.
+    """
     key = jax.random.fold_in(state.key, state.step)
     problem = problem._replace(model_state=state.model_state)
     _, gradient, _ = problem.value_and_grad(state.params, _at_step(state, batch), key)
@@ -461,7 +507,18 @@ def nonfinite_parameters(problem: Problem, state: TrainState, batch: Batch) -> A
 
 def norms(problem: Problem, variables: nnx.State, state: TrainState, batch: Batch) -> Any:
     """The norm of each parameter, and of its gradient in the next step on this batch: a scalar, or
-    `[layers]` where an axis of the `variables`, the model's, is "layers"."""
+    `[layers]` where an axis of the `variables`, the model's, is "layers".
+
+    Args:
+      problem: the model and the loss.
+      variables: the model's parameters with their metadata, whose "axes" name the axes of each.
+      state: of which the parameters are measured.
+      batch: the batch of the gradient.
+
+    Returns:
+      Two trees like the parameters, in float32: the norms of the parameters, and those of their
+      gradients before clipping.
+    """
     key = jax.random.fold_in(state.key, state.step)
     problem = problem._replace(model_state=state.model_state)
     _, gradient, _ = problem.value_and_grad(state.params, _at_step(state, batch), key)
@@ -598,7 +655,16 @@ def _state_shardings(
 
 
 def within(mesh: Mesh, rules: Rules, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, traced with the activations' sharding rules in force."""
+    """`function`, traced with the activations' sharding rules in force.
+
+    Args:
+      mesh: the devices.
+      rules: the mesh axes that logical axes are split over.
+      function: what is traced; it keeps its name and its arguments.
+
+    Returns:
+      The function, to be given to `jax.jit`.
+    """
 
     @wraps(function)
     def traced(*args: Any) -> Any:

@@ -13,7 +13,16 @@ from jaxref.train.distributed import agreed_termination
 
 
 def progress_bar(start: int, steps: int, *, disable: bool) -> tqdm:
-    """A bar of steps, of which some were taken before."""
+    """A bar of steps, of which some were taken before.
+
+    Args:
+      start: steps that were taken before.
+      steps: of the whole run, those included.
+      disable: whether nothing is shown, as in all processes but one.
+
+    Returns:
+      The bar; `update()` after each step.
+    """
     return tqdm(
         total=steps,
         initial=start,
@@ -27,7 +36,12 @@ def progress_bar(start: int, steps: int, *, disable: bool) -> tqdm:
 @contextlib.contextmanager
 def termination() -> Iterator[Callable[[int], bool]]:
     """Within this context the first SIGTERM or Ctrl-C ends nothing; the function that it gives says
-    after each step if one came. A second one acts as ever. Several processes agree on the step."""
+    after each step if one came. A second one acts as ever. Several processes agree on the step.
+
+    Yields:
+      `terminated(step)`, to be called after each step with its number: whether to save and to end
+      now.
+    """
     if jax.distributed.is_initialized():
         with agreed_termination() as after:
             yield after

@@ -62,8 +62,8 @@ class Result(NamedTuple):
       bytes_on_disk: of all arrays of the quantized model.
       loss_before, loss_after: validation loss in nats.
       speed_before, speed_after: in `speed_unit`, measured in turn.
-      speed_unit: tokens generated, one sequence at a time, or images classified, or windows
-        forecast.
+      speed_unit: tokens generated, one sequence at a time, or read by a model that cannot; or
+        images classified, or windows forecast.
       seconds: to calibrate and to quantize.
     """
 
@@ -89,6 +89,10 @@ def quantize(config: ConfigDict, workdir: Path) -> None:
     the same configuration; the numbers beside it to `result.json`, and those of all quantized
     models of the directory to `quantized/table.csv`. A process that is killed leaves the model that
     was there before, or the new one.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      workdir: the working directory of the run.
 
     Raises:
       ConfigError: no method, or one that does not exist, or options that it does not read.
@@ -146,6 +150,20 @@ def quantized_model(config: ConfigDict, data: Data, program: Program, model: Any
     Those are quantized that the model calls: not embeddings and the matrix that makes logits, which
     the loss reads. Methods that have to know the inputs are given training data, block after block:
     the inputs of each are those in the model whose blocks before it are quantized.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      data: of which the training batches calibrate.
+      program: the run's.
+      model: the model with its parameters, in evaluation.
+
+    Returns:
+      The model, with `QuantizedLinear`s and single blocks, its arrays on all devices.
+
+    Raises:
+      ConfigError: no such method, or options that it does not read, or a model without linear
+        layers to quantize.
+      ValueError: a number out of range.
     """
     method, options = quantizer(config.quantize)
     check_interval(
@@ -229,6 +247,12 @@ def _is_one_of(members: list[str], path: str, _: nnx.Module) -> bool:
 def blocks(paths: list[str]) -> dict[str, list[str]]:
     """Layers in groups, to be calibrated together: by their paths up to the first number.
 
+    Args:
+      paths: dotted paths of layers, in the order in which they are called.
+
+    Returns:
+      For each group its members, in their order.
+
     >>> blocks(["patches", "blocks.0.up", "blocks.0.down", "blocks.1.up"])
     {'patches': ['patches'], 'blocks.0': ['blocks.0.up', 'blocks.0.down'], ...}
     """
@@ -241,13 +265,27 @@ def blocks(paths: list[str]) -> dict[str, list[str]]:
 
 
 def read_results(workdir: Path) -> list[Result]:
-    """The results of all quantized models of a working directory, by name."""
+    """The results of all quantized models of a working directory, by name.
+
+    Args:
+      workdir: the working directory of the run.
+
+    Returns:
+      A `Result` for each; none where nothing was quantized.
+    """
     paths = sorted((workdir / "quantized").glob("*/result.json"))
     return [Result(**json.loads(path.read_text())) for path in paths]
 
 
 def table(results: list[Result]) -> str:
-    """The results as a table, a line each."""
+    """The results as a table, a line each.
+
+    Args:
+      results: its lines, in their order.
+
+    Returns:
+      Lines of text, with a header.
+    """
     header = ("", "bits/weight", "of float32", "on disk", "validation loss", "change", "")
     rows = [
         (
@@ -287,9 +325,10 @@ def _speeds(*runs: Callable[[], float]) -> list[float]:
 def _timed_run(
     config: ConfigDict, data: Data, program: Program, state: TrainState
 ) -> Callable[[], float]:
-    """A function that runs the model once, and gives tokens or images a second."""
+    """A function that runs the model once, and gives what it does a second: tokens that it writes,
+    or where it cannot, examples of the held-out data that it is evaluated on."""
     params = state.params if state.average is None else state.average
-    if isinstance(data, Corpus):
+    if isinstance(data, Corpus) and program.objective.generates:
         model, window = program.model(params, state.model_state), config.length
         prompt = prompt_tokens(config, data)[: max(window // 2, 1)]
         padded = np.zeros((1, window), np.int32)
@@ -309,7 +348,7 @@ def _timed_run(
     else:
         held_out = data.held_out(config)[0][0]
         batch = program.put({name: array[program.rows] for name, array in held_out.items()})
-        count = config.batch_size
+        count, _ = data.per_step(config)
 
         def once() -> Any:
             return program.evaluate(params, batch, state.model_state)

@@ -51,12 +51,27 @@ FORMATS = {
 
 
 def directory(workdir: Path, options: ConfigDict) -> Path:
-    """Where the model is that a section `quantize` describes."""
+    """Where the model is that a section `quantize` describes.
+
+    Args:
+      workdir: the working directory of the run.
+      options: the section, which has a method.
+
+    Returns:
+      The path, `quantized/NAME` below `workdir`; it need not exist.
+    """
     return workdir / "quantized" / checkpoint_name(options)
 
 
 def unstacked(model: Any) -> Any:
-    """The model with single blocks in the place of stacked ones; others as they are."""
+    """The model with single blocks in the place of stacked ones; others as they are.
+
+    Args:
+      model: the model; its list of blocks is replaced in place.
+
+    Returns:
+      The same model.
+    """
     for name in ("blocks", "encoder"):
         blocks = getattr(model, name, None)
         if isinstance(blocks, nnx.List) and any(getattr(b, "depth", None) for b in blocks):
@@ -151,6 +166,9 @@ def load_quantized(path: Path, program: Program) -> tuple[Any, int]:
       path: its directory.
       program: that of the run.
 
+    Returns:
+      The model, its arrays on all devices of the program, and the step.
+
     Raises:
       CheckpointError: there is none, or none that can be read.
       ValueError: it is of another model than the program's.
@@ -186,6 +204,12 @@ def load_quantized(path: Path, program: Program) -> tuple[Any, int]:
 def describe(weight: Any) -> dict[str, Any]:
     """A quantized pytree without its arrays, as what JSON can hold; `abstract_weight` undoes it.
 
+    Args:
+      weight: a quantized weight of `jaxref.quantization`.
+
+    Returns:
+      Its "format", the name of the class, and its "fields".
+
     >>> from jaxref.quantization import quantize
     >>> description = describe(quantize(jnp.ones((4, 2)), QuantSpec(bits=4)))
     >>> description["format"], description["fields"]["values"]
@@ -208,6 +232,12 @@ def describe(weight: Any) -> dict[str, Any]:
 
 def abstract_weight(description: dict[str, Any]) -> Any:
     """The quantized pytree of a description, with `jax.ShapeDtypeStruct`s for arrays.
+
+    Args:
+      description: what `describe` gave, from JSON too.
+
+    Returns:
+      The pytree, of the same structure.
 
     >>> from jaxref.quantization import quantize
     >>> weight = quantize(jnp.ones((4, 2)), QuantSpec(bits=4))
@@ -294,5 +324,12 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def replicated(program: Program) -> NamedSharding:
-    """The sharding of what is on every device of the program as a whole."""
+    """The sharding of what is on every device of the program as a whole.
+
+    Args:
+      program: whose mesh has the devices.
+
+    Returns:
+      The sharding, for arrays of any shape.
+    """
     return NamedSharding(program.mesh, PartitionSpec())

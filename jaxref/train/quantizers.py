@@ -75,6 +75,12 @@ class Quantizer(NamedTuple):
 def quantizer(options: ConfigDict) -> tuple[Quantizer, ConfigDict]:
     """The method that a configuration's section names, and its options with `bits` in place of 0.
 
+    Args:
+      options: the section `quantize` of a configuration.
+
+    Returns:
+      The method, and a copy of the section.
+
     Raises:
       ConfigError: there is no such method, or it has no such bits, or an option is set that it does
         not read.
@@ -103,6 +109,15 @@ def quantizer(options: ConfigDict) -> tuple[Quantizer, ConfigDict]:
 
 def checkpoint_name(options: ConfigDict) -> str:
     """What a quantized model is called: its method, its bits, and what else is not the default.
+
+    Args:
+      options: the section `quantize` of a configuration.
+
+    Returns:
+      The name, of one directory.
+
+    Raises:
+      ConfigError: as `quantizer`.
 
     >>> options = get_config().quantize
     >>> options.method, options.block_size = "gptq", 0

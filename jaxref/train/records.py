@@ -73,6 +73,10 @@ def open_workdir(path: str | os.PathLike) -> epath.Path:
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     """Replaces the file by one with this text: a reader, or a crash, sees the old or the new one.
 
+    Args:
+      path: the file.
+      text: what it is to hold, in UTF-8.
+
     Raises:
       OSError: it cannot be written; the old file is still there.
     """
@@ -81,6 +85,10 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
     """`write_text_atomic` of an object as indented JSON.
+
+    Args:
+      path: the file.
+      obj: what JSON can hold.
 
     Raises:
       TypeError: the object is not what JSON can hold.
@@ -266,18 +274,38 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
     A last line that was cut short is left out, and any other that is not a record with a warning.
     No file is no records. It may be read during a run.
+
+    Args:
+      workdir: the working directory.
+
+    Returns:
+      The records.
     """
     return [_numbers(row) for row in _complete_lines(epath.Path(workdir) / _METRICS)]
 
 
 def read_norms(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The records in `norms.jsonl`, `{"step": int, kind: {path: norm or [norm by layer]}}` each, as
-    `read_metrics` reads the others."""
+    `read_metrics` reads the others.
+
+    Args:
+      workdir: the working directory.
+
+    Returns:
+      The records.
+    """
     return [_numbers(row) for row in _complete_lines(epath.Path(workdir) / _NORMS)]
 
 
 def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of `starts.jsonl`, in their order: `{"step": int, "time": seconds, ...}` each."""
+    """The lines of `starts.jsonl`, in their order: `{"step": int, "time": seconds, ...}` each.
+
+    Args:
+      workdir: the working directory.
+
+    Returns:
+      One for each start of the run; none where there is no file.
+    """
     return _complete_lines(epath.Path(workdir) / _STARTS)
 
 
@@ -370,7 +398,12 @@ def save_loss_plot(
 
 
 def write_atomic(path: epath.Path, data: bytes) -> None:
-    """Writes a file so that there is all of it, or what was there before."""
+    """Writes a file so that there is all of it, or what was there before.
+
+    Args:
+      path: the file.
+      data: its bytes.
+    """
     if is_remote(path):  # an object appears as a whole
         path.write_bytes(data)
         return
@@ -442,7 +475,11 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def new_figure() -> "Figure":
-    """An empty figure of the size of a run's pictures, of no display and no pyplot."""
+    """An empty figure of the size of a run's pictures, of no display and no pyplot.
+
+    Returns:
+      The figure, of matplotlib's object interface.
+    """
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7.5, 4.2), dpi=160, layout="constrained")

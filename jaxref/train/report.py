@@ -67,6 +67,10 @@ pre { background: #f4f6f8; border-radius: .4rem; padding: .8rem; white-space: pr
 def report(config: ConfigDict, workdir: Path) -> None:
     """Writes `report.html` of a run to its working directory and prints its path.
 
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      workdir: the working directory of the run, which may go on meanwhile.
+
     Raises:
       ConfigError: the run has recorded nothing yet.
       OSError: the page cannot be written.
@@ -224,7 +228,15 @@ def _loss_figure(metrics: Rows, starts: Rows, facts: Mapping[str, Any]) -> "Figu
 
 
 def plot_gradient(metrics: Rows, starts: Rows) -> "Figure":
-    """The learning rate, and the norm of the gradient with the spans where steps were skipped."""
+    """The learning rate, and the norm of the gradient with the spans where steps were skipped.
+
+    Args:
+      metrics: records as `jaxref.train.records.read_metrics` returns them.
+      starts: as `jaxref.train.records.read_starts` returns them; all but the first are marked.
+
+    Returns:
+      The figure: one above the other.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = _new_figure(3.4)
@@ -248,6 +260,14 @@ def plot_speed(metrics: Rows, starts: Rows) -> "Figure":
     """Tokens or images a second, and the share of the chips' peak that this is, where it is known.
 
     The first record of a start, which has the time to compile in it, may lie outside of the axes.
+
+    Args:
+      metrics: records as `jaxref.train.records.read_metrics` returns them. Those without times are
+        left out.
+      starts: as `jaxref.train.records.read_starts` returns them; all but the first are marked.
+
+    Returns:
+      The figure.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -271,7 +291,16 @@ def plot_speed(metrics: Rows, starts: Rows) -> "Figure":
 
 def plot_times(metrics: Rows, starts: Rows) -> "Figure":
     """What the host spends a step's time on; the first records of starts as in `plot_speed`, and
-    left out of the means in the legend."""
+    left out of the means in the legend.
+
+    Args:
+      metrics: records as `jaxref.train.records.read_metrics` returns them. Those without times are
+        left out.
+      starts: as `jaxref.train.records.read_starts` returns them; all but the first are marked.
+
+    Returns:
+      The figure: the kinds of time stacked, in milliseconds a step.
+    """
     figure = _new_figure(3.4)
     ax = figure.subplots()
     timed, steady = _timed(metrics, starts)
@@ -322,7 +351,15 @@ def _timed(metrics: Rows, starts: Rows) -> tuple[list[Any], list[Any]]:
 
 def plot_norms(norms: Rows, *, by_layer: bool) -> "Figure":
     """Heat maps of log10 of the norms over the steps: a row for each layer, or else for each array,
-    and the rest of the model below."""
+    and the rest of the model below.
+
+    Args:
+      norms: records as `jaxref.train.records.read_norms` returns them, at least one.
+      by_layer: whether a row is a layer, or an array over all layers.
+
+    Returns:
+      The figure: the parameters above, their gradients below.
+    """
     steps = np.array([row["step"] for row in norms], float)
     grouped = {
         kind: _grouped([row[kind] for row in norms], by_layer=by_layer)
@@ -401,8 +438,8 @@ def _skipped(metrics: Rows) -> list[tuple[int, int]]:
 
 def _rate(metrics: Rows) -> str:
     """The name of the speed that is recorded."""
-    of_images = any("images_per_second" in row for row in metrics)
-    return "images_per_second" if of_images else "tokens_per_second"
+    names = (name for row in metrics for name in row if name.endswith("_per_second"))
+    return next(names, "tokens_per_second")
 
 
 def _last(metrics: Rows, name: str, form: str) -> str:

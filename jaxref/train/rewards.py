@@ -15,6 +15,12 @@ def body_length(completion: bytes) -> int | None:
     """How many bytes belong to the body of the definition that they continue: all before the first
     line that is not indented, or byte 0. None where the body does not end.
 
+    Args:
+      completion: what was written after a header.
+
+    Returns:
+      The length; 0 where the first line is not indented.
+
     >>> body_length(b"    return x\\n\\ndef g"), body_length(b"    return"), body_length(b"x = 1")
     (14, None, 0)
     """
@@ -26,6 +32,13 @@ def parses(header: bytes, completion: bytes) -> float:
     """1 where Python's parser takes a header and the body after it for a definition, else 0.
 
     Of a body without an end, the last line, which may be a part of one, is left out.
+
+    Args:
+      header: the first line of a definition, with its line end.
+      completion: what was written after it, in UTF-8; what is not has 0.
+
+    Returns:
+      0.0 or 1.0.
 
     >>> parses(b"def f():\\n", b"    1 +\\n\\ndef g"), parses(b"def f():\\n", b"    pass\\n  ")
     (0.0, 1.0)
@@ -43,6 +56,14 @@ def parses(header: bytes, completion: bytes) -> float:
 
 def definition_headers(text: bytes, longest: int) -> list[bytes]:
     """The lines of a Python source that begin a definition and are complete, up to so many bytes.
+
+    Args:
+      text: the source.
+      longest: bytes of a line, its end included.
+
+    Returns:
+      Lines that begin with "def " or "class " in the first column and end with a colon, in their
+      order.
 
     >>> definition_headers(b"import a\\ndef f(x):\\n    pass\\nclass B:\\n", 40)
     [b'def f(x):\\n', b'class B:\\n']

@@ -25,7 +25,16 @@ def model_flops(config: ConfigDict, active: float, tokens: float) -> float:
 
         6 · parameters · tokens + 12 · layers · heads · head_dim · length / 2 · tokens
 
-    where the second term is causal attention's; what is recomputed does not count."""
+    where the second term is causal attention's; what is recomputed does not count.
+
+    Args:
+      config: the whole configuration, of a `Transformer`.
+      active: parameters that a token is multiplied with, from `active_parameters`.
+      tokens: how many are trained on.
+
+    Returns:
+      The operations, multiplications and additions apart.
+    """
     model = config.model
     width = model.get("head_dim", model.features // model.num_heads) * model.num_heads
     return (6 * active + 6 * model.num_layers * width * config.length) * tokens
@@ -33,7 +42,15 @@ def model_flops(config: ConfigDict, active: float, tokens: float) -> float:
 
 def active_parameters(config: ConfigDict, params: Any) -> float:
     """Parameters that a token is multiplied with: not the rows of a table that it does not read,
-    and of experts as many as it visits."""
+    and of experts as many as it visits.
+
+    Args:
+      config: the whole configuration, as `jaxref.train.config.load_config` returns it.
+      params: the model's parameters, or their `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      Their number; not whole where only a share of the experts is visited.
+    """
     asked = inspect.signature(component_class(resolve(config, "model.mlp")).__init__).parameters
     share = 1.0
     if "top_k" in asked and "num_experts" in asked:
@@ -122,7 +139,15 @@ class Estimate(NamedTuple):
 
 
 def estimate(work: Work, pod: Pod) -> Estimate:
-    """The times of a step at the chip's peaks."""
+    """The times of a step at the chip's peaks.
+
+    Args:
+      work: of a step.
+      pod: whose chip has the peaks.
+
+    Returns:
+      The `Estimate`, in seconds and tokens a second of all chips together.
+    """
     seconds = {
         "compute": work.flops / pod.chip.flops,
         "memory": work.traffic / pod.chip.hbm_bandwidth,

@@ -97,7 +97,16 @@ def check_request(
     top_p: float = 1.0,
     cache: str = "full",
 ) -> None:
-    """Raises what `sample` raises, without a model."""
+    """Raises what `sample` raises, without a model.
+
+    Args:
+      prompt: integer `[n]`, at least one token.
+      vocab_size: what every id of it is to be below.
+      length, temperature, top_k, top_p, cache: as for `sample`.
+
+    Raises:
+      ValueError: an empty prompt, an id of `vocab_size` or more, or a number out of range.
+    """
     check_interval(1, np.inf, length=length)
     check_interval(0, np.inf, temperature=temperature, top_k=top_k)
     check_interval(0, 1, closed="right", top_p=top_p)

@@ -248,11 +248,12 @@ class TestBadInput:
             describe_pod("v5e:2x4")
 
     @needs_tpu_compiler
-    def test_a_mesh_of_another_size_and_images(self, pod):
+    def test_a_mesh_of_another_size_and_what_is_no_text(self, pod):
         with pytest.raises(ValueError, match="must be 8"):
             aot.compile_step(load_config(overrides=(*TINY, "mesh.fsdp=8")), pod)
-        with pytest.raises(ConfigError, match=r"data.name=digits is of images"):
-            aot.compile_step(load_config(overrides=("data.name=digits",)), pod)
+        for name in ("digits", "seasons"):
+            with pytest.raises(ConfigError, match=f"data.name={name} is no text"):
+                aot.compile_step(load_config(overrides=(f"data.name={name}",)), pod)
 
     def test_a_file_without_a_place_for_the_table(self, tmp_path):
         (tmp_path / "page.md").write_text("nothing")

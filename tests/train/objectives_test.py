@@ -211,8 +211,9 @@ class TestRuns:
         config = tiny_config(*given)
         program = loop.build_program(config, loop.load(config))
         assert program.abstract_batch["reference_log_probs"].shape == (8, 16)
-        with pytest.raises(ConfigError, match="length must be that of the reference"):
-            loop.train(tiny_config(*given, "length=8"), tmp_path / "other")
+        for other, name in (("length=8", "length"), ("data.vocab_size=300", r"data\.vocab_size")):
+            with pytest.raises(ConfigError, match=f"{name} must be that of the reference"):
+                loop.train(tiny_config(*given, other), tmp_path / "other")
         with pytest.raises(ConfigError, match=r"objective\.reference must be the directory"):
             loop.build_program(tiny_config("objective=prior"), loop.load(config))
 

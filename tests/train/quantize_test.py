@@ -89,6 +89,14 @@ def assert_same_bits(actual, expected):
 
 
 class TestMode:
+    def test_a_model_that_writes_nothing_is_timed_as_it_reads(self, tiny_config, tmp_path):
+        config = tiny_config("objective=electra", *GPTQ)
+        printed(loop.train, config, tmp_path)
+        assert "tokens/s" in printed(quantize.quantize, config, tmp_path)
+        (path,) = (tmp_path / "quantized").glob("*/result.json")
+        result = json.loads(path.read_text())
+        assert min(result["speed_before"], result["speed_after"]) > 0
+
     def test_what_is_written_and_printed(self, config, run):
         workdir, out = run
         name = "gptq-4bit-block_size=8-calibration_batches=2"

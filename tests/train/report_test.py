@@ -142,6 +142,15 @@ class TestPage:
         assert "640 images per second" in page.words
         assert ("src", "data:image/png;base64,iVBORw0KGgo=") in page.attributes
 
+    def test_of_series(self, config, tmp_path):
+        rows = {step: record(step, windows_per_second=320.0) for step in (1, 2, 3)}
+        for row in rows.values():
+            del row["tokens_per_second"]
+        write(tmp_path, rows, facts={**FACTS, "measure": "squared error"})
+        page = page_of(config, tmp_path)
+        assert "320 windows per second" in page.words
+        assert page.tags.count("img") == 4
+
     def test_of_a_run_before_there_were_times_and_starts(self, config, tmp_path):
         old = {"loss": 2.0, "gradient_norm": 1.0, "tokens_per_second": 9.0, "learning_rate": 0.1}
         write(tmp_path, {10: old}, facts=None)

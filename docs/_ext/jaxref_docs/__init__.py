@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.util.docutils import SphinxDirective
+from sphinx.writers.html5 import HTML5Translator
 
 from jaxref.papers import Paper
 from jaxref_docs import formula
@@ -27,7 +29,7 @@ from jaxref_docs.render import (
     link_to_page,
     link_to_paper,
 )
-from jaxref_docs.site import PROGRAMS, Site
+from jaxref_docs.site import PROGRAMS, Site, colab_address
 from jaxref_docs.site import title as heading
 
 
@@ -225,29 +227,40 @@ class RoomMap(JaxrefDirective):
 
 
 class Tutorials(JaxrefDirective):
-    """`.. jaxref-tutorials::`: the notebooks, with what they are about, to download."""
+    """`.. jaxref-tutorials::`: the notebooks in the order of the course."""
 
     def run(self) -> list[nodes.Node]:
         write = Writer(self.site, "")
+        self.depends_on(self.site.root / "colabs" / "README.md")
         made: list[nodes.Node] = []
-        for path, name, text in self.site.tutorials:
-            self.depends_on(path)
-            link = addnodes.download_reference(
-                "",
-                "",
-                nodes.strong("", name),
-                reftarget=f"/../{path.relative_to(self.site.root).as_posix()}",
-                refdoc=self.env.docname,
-                refdomain="",
-                refexplicit=True,
-            )
-            place = nodes.literal("", path.relative_to(self.site.root).as_posix())
-            first_line = nodes.paragraph("", "", link, nodes.Text(" "), place)
-            body: list[nodes.Node] = [first_line]
-            if text:
-                body.append(write.paragraph(text))
-            made.append(nodes.container("", *body, classes=["paper"]))
+        number = 0
+        for part, tutorials in self.site.course:
+            made.append(nodes.rubric("", part))
+            for tutorial in tutorials:
+                self.depends_on(tutorial.path)
+                number += 1
+                link = link_to_page(tutorial.page, nodes.strong("", tutorial.title))
+                place = tutorial.path.relative_to(self.site.root).as_posix()
+                line = nodes.paragraph("", "", nodes.Text(f"{number}. "), link, nodes.Text(" "))
+                line += self.download(place)
+                if address := colab_address(self.site.repository, place):
+                    line += nodes.Text(" ")
+                    line += nodes.reference("", "in Colab", refuri=address, internal=False)
+                body = [line, write.paragraph(tutorial.about)]
+                made.append(nodes.container("", *body, classes=["paper"]))
         return made
+
+    def download(self, place: str) -> addnodes.download_reference:
+        """A link to the notebook itself."""
+        return addnodes.download_reference(
+            "",
+            "",
+            nodes.literal("", place),
+            reftarget=f"/../{place}",
+            refdoc=self.env.docname,
+            refdomain="",
+            refexplicit=True,
+        )
 
 
 class Benches(JaxrefDirective):
@@ -269,8 +282,10 @@ def first(symbol: Symbol) -> str:
 
 
 def paper_line(paper: Paper) -> nodes.paragraph:
-    """A paper in a cell: its entry in the index, and its page at arXiv."""
-    content: list[nodes.Node] = [link_to_paper(paper, f"{paper.title}, {paper.year}")]
+    """A paper in a cell: its entry in the index, by authors and year, and its page at arXiv."""
+    names = paper.authors.removesuffix(".").split(", ")
+    who = f"{names[0]} et al." if len(names) > 2 else " and ".join(names)
+    content: list[nodes.Node] = [link_to_paper(paper, f"{who}, {paper.year}")]
     if paper.arxiv:
         content += [nodes.Text(" "), arxiv_link(paper.arxiv)]
     return nodes.paragraph("", "", *content)
@@ -345,8 +360,15 @@ def _navigate(
     context["toctree"] = lambda **_: navigation(site, page, address, app.env)
 
 
+def _math(writer: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """TeX of the tutorials as MathML, which browsers know without a script."""
+    writer.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> dict[str, object]:
     """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (_math, None), (_math, None))
     app.add_directive("jaxref-room", RoomPage)
     app.add_directive("jaxref-topic", TopicIntroduction)
     app.add_directive("jaxref-docstring", Docstring)

@@ -1,6 +1,7 @@
-"""Writes the pages of the reference: little files of directives, made anew at each build."""
+"""Writes the pages that are not written by hand, anew at each build: little files of directives for
+the reference, and copies of the tutorials."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxref_docs.package import Room, Symbol, Topic
@@ -8,18 +9,23 @@ from jaxref_docs.site import Site, title
 
 
 def write_pages(site: Site, folder: Path) -> None:
-    """Writes `reference/*.rst` below a folder, and removes what is not a page any more."""
+    """Writes `reference` and `tutorials` below a folder, and removes what is no page any more."""
     pages = dict(_pages(site))
-    pages["reference/rooms.inc"] = _toctree(site)
+    pages["reference/rooms.inc"] = _toctree([site.page(room) for room in site.rooms], "Rooms")
+    tutorials = [tutorial for _, part in site.course for tutorial in part]
+    pages["tutorials/all.inc"] = _toctree([tutorial.page for tutorial in tutorials], "Tutorials")
+    for tutorial in tutorials:
+        pages[f"{tutorial.page}.ipynb"] = tutorial.path.read_text("utf-8")
     for name, text in pages.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         # A page that stays as it is keeps its time, and Sphinx need not read it again.
         if not path.exists() or path.read_text("utf-8") != text:
             path.write_text(text, "utf-8")
-    for path in (folder / "reference").rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in pages:
-            path.unlink()
+    for part in ("reference", "tutorials"):
+        for path in (folder / part).rglob("*"):
+            if path.is_file() and path.relative_to(folder).as_posix() not in pages:
+                path.unlink()
 
 
 def _pages(site: Site) -> Iterator[tuple[str, str]]:
@@ -38,9 +44,9 @@ def _pages(site: Site) -> Iterator[tuple[str, str]]:
         yield f"{site.page(room)}.rst", "\n".join(lines) + "\n"
 
 
-def _toctree(site: Site) -> str:
-    pages = [f"   {site.page(room)}" for room in site.rooms]
-    return "\n".join([".. toctree::", "   :hidden:", "   :caption: Rooms", "", *pages, ""])
+def _toctree(pages: Iterable[str], caption: str) -> str:
+    lines = (f"   /{page}" for page in pages)
+    return "\n".join([".. toctree::", "   :hidden:", f"   :caption: {caption}", "", *lines, ""])
 
 
 def _heading(text: str, line: str) -> list[str]:

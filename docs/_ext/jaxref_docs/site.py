@@ -3,9 +3,11 @@
 import ast
 import json
 import re
+import tomllib
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxref.papers import Paper, load
 from jaxref_docs.package import Package, Room, Symbol, Topic
@@ -15,6 +17,19 @@ SPLIT_ABOVE = 45
 
 PROGRAMS = {"train", "papers"}
 """Rooms of commands, whose functions are not methods to choose between."""
+
+
+class Tutorial(NamedTuple):
+    """A notebook, its first heading and its first paragraph."""
+
+    path: Path
+    title: str
+    about: str
+
+    @property
+    def page(self) -> str:
+        """The name of its page in the site."""
+        return f"tutorials/{self.path.stem}"
 
 
 class Site:
@@ -50,7 +65,7 @@ class Site:
     def descriptions(self) -> list[tuple[str, str]]:
         """The rows of README.md's table: the cell of the rooms, and what they hold."""
         text = (self.root / "README.md").read_text("utf-8")
-        return re.findall(r"^\| (`jaxref\.\w+`.*?) \| (.*) \|$", text, re.MULTILINE)
+        return re.findall(r"^\| (`jaxref\.\w+`[^|]*) \| [\d ]*\| (.*) \|$", text, re.MULTILINE)
 
     @cached_property
     def rooms(self) -> list[Room]:
@@ -86,20 +101,23 @@ class Site:
         ]
 
     @cached_property
-    def tutorials(self) -> list[tuple[Path, str, str]]:
-        """Path, first heading and first paragraph of each notebook."""
-        found = []
-        for path in sorted((self.root / "colabs").glob("*.ipynb")):
-            cells = json.loads(path.read_text("utf-8"))["cells"]
-            text = "\n\n".join(
-                "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"
+    def course(self) -> list[tuple[str, list[Tutorial]]]:
+        """The parts of the course that colabs/README.md orders, each with its notebooks."""
+        folder = self.root / "colabs"
+        parts = re.split(r"^## +(.+)$", (folder / "README.md").read_text("utf-8"), flags=re.M)[1:]
+        return [
+            (
+                heading,
+                [_tutorial(folder / file) for file in re.findall(r"\]\((\w+\.ipynb)\)", text)],
             )
-            heading = re.search(r"^#+ +(.+)$", text, re.MULTILINE)
-            after = text[heading.end() :] if heading else text
-            paragraph = next((p for p in re.split(r"\n\s*\n", after) if p.strip()), "")
-            plain = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", " ".join(paragraph.split()))
-            found.append((path, heading[1].replace("`", "") if heading else path.stem, plain))
-        return found
+            for heading, text in zip(parts[::2], parts[1::2])
+        ]
+
+    @property
+    def repository(self) -> str:
+        """The repository's address as pyproject.toml has it; empty where it has none."""
+        project = tomllib.loads((self.root / "pyproject.toml").read_text("utf-8"))["project"]
+        return project.get("urls", {}).get("Repository", "")
 
     def is_split(self, room: Room) -> bool:
         """Whether the room's topics have pages of their own."""
@@ -142,6 +160,23 @@ class Site:
                 if text == topic.module:
                     return self.page(room, topic)
         return None
+
+
+def _tutorial(path: Path) -> Tutorial:
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    heading, about = re.findall(r"\A# +(.+)\n+(.+)$", text, re.MULTILINE)[0]
+    return Tutorial(path, heading.replace("`", ""), re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", about))
+
+
+def colab_address(repository: str, path: str) -> str:
+    """Where Colab opens a notebook of a repository at GitHub; empty for one that is elsewhere.
+
+    >>> colab_address("https://github.com/owner/name", "colabs/train.ipynb")
+    'https://colab.research.google.com/github/owner/name/blob/main/colabs/train.ipynb'
+    """
+    place = repository.removesuffix("/").removesuffix(".git").partition("https://github.com/")[2]
+    return f"https://colab.research.google.com/github/{place}/blob/main/{path}" if place else ""
 
 
 def slug(room: Room, topic: Topic) -> str:

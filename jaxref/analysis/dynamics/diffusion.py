@@ -32,6 +32,8 @@ def weight_distance(params: Any, init_params: Any) -> Array:
     Use it at some steps of a run, spaced evenly in their logarithm, and hand the distances to
     `fit_ultra_slow_diffusion`.
 
+    Cost: one pass over the weights, and a copy of them at initialisation in memory.
+
     Example:
       >>> start = {"kernel": jnp.array([0.0, 1.0]), "bias": 0.0}
       >>> weight_distance({"kernel": jnp.array([3.0, 1.0]), "bias": 4.0}, start)
@@ -90,6 +92,8 @@ def fit_ultra_slow_diffusion(steps: ArrayLike, distances: ArrayLike) -> UltraSlo
     Use it to see whether a run is still in its initial phase of exploration, and how many steps
     more a larger batch needs to come as far: `jaxref.optimizers.regime_adaptation` gives it those.
     Compare `r_squared` with that of a line in t, since any growth has some fit.
+
+    Cost: one least squares line through the points, on the host.
 
     Example:
       >>> fit = fit_ultra_slow_diffusion([1, 10, 100], [1.0, 3.0, 5.0])

@@ -28,6 +28,8 @@ def loss_spike_score(losses: ArrayLike, window: int, *, deviations: float = 7.0)
     Use it to see a recipe getting unstable before its final loss is worse; of two recipes, with the
     same window. `divergence_rate` counts the runs that do not recover.
 
+    Cost: O(W) operations a step, on the host, and memory for a few copies of the losses.
+
     Example:
       >>> losses = np.array([2.0, 2.1, 1.9, 2.0, 9.0, 2.0, 1.9, 2.1])
       >>> float(loss_spike_score(losses, 4))
@@ -78,6 +80,8 @@ def divergence_rate(losses: ArrayLike, threshold: float) -> np.ndarray:
     Use it with many seeds: in the paper one of ten runs of a small model with the default settings
     diverges in bfloat16, which a single run would not show. `learning_rate_sensitivity` has the
     learning rate in place of the seed.
+
+    Cost: O(runs) on the host; each run is a training.
 
     Example:
       >>> float(divergence_rate([[3.0, 2.0], [3.0, 7.0], [3.0, float("nan")], [9.0, 2.1]], 5.0))

@@ -39,6 +39,9 @@ def tangent_features(
 
     Use it at initialisation, and hand it to `feature_response`.
 
+    Cost: a forward and a backward pass for each of the n inputs, all at once, and n p numbers in
+    memory.
+
     Example:
       >>> apply_fn = lambda w, x: x @ w["kernel"] + w["bias"]
       >>> params = {"bias": jnp.array(0.0), "kernel": jnp.array([1.0, -1.0])}
@@ -101,6 +104,9 @@ def feature_response(features: ArrayLike, labels: ArrayLike, outputs: ArrayLike)
 
     Use it to see weak features being left behind; `starved_response` computes where they end up.
 
+    Cost: a singular value decomposition of `[n, p]`, O(n p min(n, p)), and O(n r) for each row of
+    outputs.
+
     Example:
       >>> features, labels = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([1, 1])
       >>> print(feature_response(features, labels, jnp.array([3.0, 0.5])).responses)
@@ -154,6 +160,8 @@ def starved_response(
         the margins of separable data have no end), or directions that are not orthonormal.
 
     Use it to predict starvation from `feature_response`; that one measures it.
+
+    Cost: a few Newton steps on the host, each O(n r² + r³); no training.
 
     Example:
       >>> directions = [[0.8, -0.6], [0.6, 0.8]]

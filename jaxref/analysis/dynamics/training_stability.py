@@ -46,6 +46,8 @@ def learning_rate_sensitivity(
     Use it to compare interventions (qk-norm, z-loss, warm-up) at sizes small enough to sweep; plot
     the losses as well, since one number does not say at which end a recipe fails.
 
+    Cost: O(rates) on the host; each rate is a training run.
+
     Example:
       >>> learning_rate_sensitivity([1e-3, 1e-2, 1e-1], [3.0, 2.5, float("nan")], 4.0)
       0.6666
@@ -95,6 +97,9 @@ def max_attention_logit(
     pass about 1e4 (`extrapolate_instability`); `jaxref.attention.query_key_norm_attention` bounds
     them.
 
+    Cost: the logits of all pairs, `[batch, heads, q_len, k_len]` in memory, as plain attention
+    holds them.
+
     Example:
       >>> query = jnp.array([[1.0, 0.0], [0.0, 3.0]]).reshape(1, 2, 1, 2)
       >>> print(max_attention_logit(query, 2 * query, scale=1.0))
@@ -134,6 +139,8 @@ def log_z(logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) 
 
     Use it to follow the output logits in training; `jaxref.losses.z_loss` is the penalty on its
     square that holds it near 0.
+
+    Cost: that of a softmax over the classes, without its result.
 
     Example:
       >>> print(log_z(jnp.array([[0.0, 0.0], [-50.0, -50.0]])).round(3))
@@ -190,6 +197,8 @@ def extrapolate_instability(
     Use it on the sizes one can afford, before training the one that counts, with m at the learning
     rate meant for that one. It is an extrapolation: leave the largest size out and see whether the
     others predict it.
+
+    Cost: a least squares fit of three coefficients on the host; each size is a training run.
 
     Example:
       >>> forecast = extrapolate_instability([1e6, 1e7, 1e8], [10.0, 100.0, 1000.0])

@@ -61,6 +61,9 @@ def logit_sharpness(
     does, as precision falls. Sharpness in the weights takes a forward and a backward pass for each
     step of the climb. For small ε it is 100 ε Σ_j |∂ℓ/∂y_j| (|y_j| + 1) / (1 + ℓ).
 
+    Cost: a forward pass of the model and a softmax; for "lbfgs" a loss and gradient in the logits
+    for each step and example, on the host.
+
     Example:
       >>> logits, targets = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([0])
       >>> print(logit_sharpness(logits, targets).round(4))

@@ -42,6 +42,8 @@ def relative_penalty(
 
     Use it on a batch's similarities to see how many negatives matter; `penalty_entropy` sums it up.
 
+    Cost: that of a softmax over the candidates.
+
     Example:
       >>> s = jnp.array([[0.9, 0.5, 0.1]])
       >>> print(*relative_penalty(s, jnp.array([0]), temperature=0.5)[0].round(2))
@@ -81,6 +83,8 @@ def penalty_entropy(
 
     Use exp H as a number of negatives that count, to choose a temperature for a new batch size.
 
+    Cost: that of a softmax over the candidates.
+
     Example:
       >>> s = jnp.array([[0.9, 0.5, 0.1]])
       >>> print(penalty_entropy(s, jnp.array([0]), temperature=0.5).round(3))
@@ -111,6 +115,8 @@ def uniformity(features: ArrayLike, *, t: float = 2.0) -> Array:
 
     Use it with `tolerance`: contrastive training at low temperatures gains the first and loses the
     second.
+
+    Cost: O(examples²) memory, for the distances of all pairs, and `features` times as much time.
 
     Example:
       >>> print(uniformity(jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])).round(2))
@@ -147,6 +153,8 @@ def tolerance(features: ArrayLike, labels: ArrayLike) -> Array:
 
     Use it with `uniformity`, on features of one data set: the paper's number is the mean over all
     pairs, with 0 for labels that differ, which is T times their share of equal ones.
+
+    Cost: O(examples²) memory, for the products of all pairs, and `features` times as much time.
 
     Example:
       >>> features = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])

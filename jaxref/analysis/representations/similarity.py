@@ -34,6 +34,8 @@ def angular_distance(hidden_a: ArrayLike, hidden_b: ArrayLike, *, axis: int = -1
     to nothing, as late blocks of pre-norm models do. It ignores length, which the norm in front of
     the next block removes.
 
+    Cost: a few passes over both states, linear in their size.
+
     Example:
       >>> print(angular_distance(jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0])).round(3))
       0.25

@@ -43,6 +43,8 @@ def downstream_log_law(
 
     Use it for BLEU, ROUGE, COMET or accuracy, and `downstream_loss_law` for the cross-entropy.
 
+    Cost: O(1) for each number of tokens.
+
     Example:
       >>> print(downstream_log_law([1e8, 1e9, 1e10], log_a=-10.0, alpha=2.0, beta=1.0).round(2))
       [26.84 31.45 36.05]
@@ -78,6 +80,8 @@ def downstream_loss_law(
 
     Use it for the loss on the downstream task alone: it may go on falling where scores,
     `downstream_log_law`, do not rise.
+
+    Cost: O(1) for each number of tokens.
 
     Example:
       >>> print(downstream_loss_law([1e8, 1e10], e=1.0, a=100.0, alpha=0.25))
@@ -153,6 +157,9 @@ def fit_downstream_log_law(
 
     Use it where `pretraining_value_report` finds the pretraining useful: with scores that fall the
     best law is flat. Three parameters fit any three points, so look at `prediction_error`.
+
+    Cost: up to 200 trust-region steps in three parameters from each start, on the host; each point
+    is a pretraining and a fine-tuning.
 
     Example:
       >>> tokens = 10.0 ** np.arange(8, 12)
@@ -235,6 +242,9 @@ def fit_downstream_loss_law(
     Use it beside `fit_downstream_log_law`, not for it: a loss that falls as predicted says little
     about the scores.
 
+    Cost: up to 200 trust-region steps in three parameters from each start, on the host; each point
+    is a pretraining and a fine-tuning.
+
     Example:
       >>> tokens = 10.0 ** np.arange(8, 12)
       >>> fit = fit_downstream_loss_law(tokens, downstream_loss_law(tokens, 1.2, 50.0, 0.2))
@@ -296,6 +306,8 @@ def translation_alignment_score(source_share: ArrayLike, target_share: ArrayLike
       ValueError: shares out of range, or of a sum above 1.
 
     Use it to order mixtures before any is trained on; `pretraining_value_report` judges by results.
+
+    Cost: O(1) for each mixture, and no training.
 
     Example:
       >>> print(translation_alignment_score([0.5, 1.0, 0.0], [0.5, 0.0, 1.0]))
@@ -370,6 +382,8 @@ def pretraining_value_report(
 
     Use it on a few short pretrainings before a long one.
 
+    Cost: the fits of both laws, on the host; each point is a pretraining and a fine-tuning.
+
     Example:
       >>> tokens = 10.0 ** np.arange(8, 12)
       >>> losses = downstream_loss_law(tokens, 1.2, 50.0, 0.2)
@@ -407,6 +421,11 @@ def plot_downstream_law(fit: LawFit, *, ax: Any = None) -> Any:
 
     Returns:
       The axes, with tokens on a logarithmic scale; points that were not fitted are hollow.
+
+    Use it to see whether the law also meets the points that it was not fitted to, before it is
+    taken further than they reach.
+
+    Cost: one point for each pretraining, on the host.
 
     Example:
       >>> fit = fit_downstream_loss_law([1e8, 1e9, 1e10, 1e11], [3.0, 2.0, 1.5, 1.3], num_fit=3)

@@ -52,6 +52,8 @@ def scaling_intersection(
     Use it where one family is better at small and another improves faster. It is an extrapolation,
     at times over orders of magnitude: report the slopes along with it.
 
+    Cost: two least squares lines on the host; each point is a training run.
+
     Example:
       >>> trends = scaling_intersection([1.0, 4.0], [4.0, 2.0], [1.0, 4.0], [3.0, 3.0])
       >>> trends.hours, trends.loss

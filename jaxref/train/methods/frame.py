@@ -186,6 +186,9 @@ def from_transformation(optimizer: optax.GradientTransformation, clip_norm: floa
     Args:
       optimizer: the transformation; `update` is given the loss as `value`.
       clip_norm: the global norm to clip the gradient to; 0 does not clip.
+
+    Returns:
+      The `Method`.
     """
     optimizer = clipped(optimizer, clip_norm)
 
@@ -203,7 +206,15 @@ def from_transformation(optimizer: optax.GradientTransformation, clip_norm: floa
 def clipped(
     optimizer: optax.GradientTransformation, clip_norm: float
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation behind clipping by global norm; 0 does not clip."""
+    """The transformation behind clipping by global norm; 0 does not clip.
+
+    Args:
+      optimizer: what the clipped gradient goes to.
+      clip_norm: the global norm to clip to, at least 0.
+
+    Returns:
+      The transformation, whose `update` takes further arguments by name.
+    """
     if clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
     return optax.with_extra_args_support(optimizer)
@@ -217,7 +228,19 @@ def descended(
     gradient: Params,
     **extra_args: Any,
 ) -> Outcome:
-    """A step of the optimizer along the gradient."""
+    """A step of the optimizer along the gradient.
+
+    Args:
+      optimizer: the transformation.
+      params: the parameters.
+      state: the optimizer's.
+      value: the training loss, which the optimizer is given as `value`.
+      gradient: a tree like the parameters.
+      **extra_args: further arguments of the optimizer's `update`.
+
+    Returns:
+      The `Outcome`, without a state of the model.
+    """
     updates, state = optimizer.update(gradient, state, params, value=value, **extra_args)
     params = optax.apply_updates(params, updates)
     return Outcome(params, state, value, optax.global_norm(gradient))
@@ -226,7 +249,19 @@ def descended(
 def on_each_device(
     mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """The function of what each device along the axis "data" holds, which is whole parameters."""
+    """The function of what each device along the axis "data" holds, which is whole parameters.
+
+    Args:
+      mesh: the devices.
+      function: of the part of each.
+      in_specs, out_specs: as for `jax.shard_map`.
+
+    Returns:
+      The function of whole arrays.
+
+    Raises:
+      ValueError: a mesh with an axis other than "data" of a size above 1.
+    """
     split = {axis: size for axis, size in mesh.shape.items() if axis != "data" and size > 1}
     if split:
         raise ValueError(
@@ -237,7 +272,15 @@ def on_each_device(
 
 
 def check_whole(problem: Problem, name: str) -> None:
-    """Raises where batches are to be cut into micro-batches, for a method that cannot."""
+    """Raises where batches are to be cut into micro-batches, for a method that cannot.
+
+    Args:
+      problem: of which `accumulate` is looked at.
+      name: of the method, for the message.
+
+    Raises:
+      ValueError: `problem.accumulate` is not 1.
+    """
     if problem.accumulate != 1:
         raise ValueError(
             f"accumulate must be 1 with optimizer.name={name}, got {problem.accumulate}"
@@ -245,5 +288,12 @@ def check_whole(problem: Problem, name: str) -> None:
 
 
 def distance(after: Params, before: Params) -> Array:
-    """The norm of the difference: what stands for a gradient's where there is no single one."""
+    """The norm of the difference: what stands for a gradient's where there is no single one.
+
+    Args:
+      after, before: trees like the parameters.
+
+    Returns:
+      A scalar.
+    """
     return optax.global_norm(jax.tree.map(jnp.subtract, after, before))

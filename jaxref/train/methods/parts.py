@@ -15,6 +15,9 @@ def norm_parameters_only(
       learning_rate: the program's.
       base: the optimizer of what is trained. Default `adamw`.
 
+    Returns:
+      The transformation.
+
     `jaxref.optimizers.norm_parameters_only` says what is selected.
     """
     return optimizers.train_only(
@@ -36,6 +39,9 @@ def adaptive_gradient_clip(
       base: the optimizer that descends along the clipped gradient. Default `adamw`.
       clipping: the share, above 0. Default 0.01.
       eps: the least norm of weights, above 0. Default 1e-3.
+
+    Returns:
+      The transformation.
 
     `jaxref.optimizers.adaptive_gradient_clip` says more.
     """

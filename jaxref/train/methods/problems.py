@@ -41,6 +41,12 @@ def target_surrogates(
       shrink: what a trial that fails multiplies it by, in (0, 1). Default 0.5: the authors' 10 and
         0.9 take dozens of trials a step.
 
+    Returns:
+      The `Method`.
+
+    Raises:
+      ValueError: a number out of range; when a step is traced, `accumulate` other than 1.
+
     `jaxref.optimizers.sso_step` says more.
     """
     armijo = optimizers.armijo_gradient_descent(init_step, shrink=shrink)
@@ -91,6 +97,13 @@ def scalebio(
       penalty: of the training loss's distance from its minimum at first, above 0. Default 1.
       growth: what multiplies it every `growth_steps` steps, above 1. Default 2.
       growth_steps: at least 1. Default 100.
+
+    Returns:
+      The `Method`.
+
+    Raises:
+      ValueError: a number out of range; when a step is traced, `accumulate` other than 1, or a
+        batch size that `outer_every` does not divide.
 
     `jaxref.optimizers.first_order_bilevel_step` says more.
     """
@@ -165,6 +178,12 @@ def fisher_newton(
         which for batches as small as the main job's makes more progress.
       max_search: trials of a step length, at least 1. Default 10.
       weight_decay: decoupled, at least 0. Default 0.
+
+    Returns:
+      The `Method`.
+
+    Raises:
+      ValueError: `max_search` below 1; when a step is traced, `accumulate` other than 1.
 
     `jaxref.optimizers.fisher_newton` says more.
     """

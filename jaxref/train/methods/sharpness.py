@@ -48,6 +48,13 @@ def sam(
         rows, without an exchange of gradients (m-sharpness). Micro-batches (`accumulate`) each
         have their own perturbation in any case.
 
+    Returns:
+      The `Method`.
+
+    Raises:
+      ValueError: when a step is traced, a number out of range, or `per_device` on a mesh that
+        splits anything but the batch, over "data".
+
     `jaxref.optimizers.sam_value_and_grad` says more.
     """
     optimizer = clipped(base(learning_rate=learning_rate), clip_norm)
@@ -115,6 +122,9 @@ def saf(
       lag: epochs to look back, at least 1. Default 3.
       start_epoch: the last epoch (from 0) without the trajectory loss. Default 5.
       max_memory: bytes of past outputs that a device may hold. Default 4e9.
+
+    Returns:
+      The `Method`.
 
     Raises:
       ValueError: the past outputs do not fit in `max_memory`.
@@ -188,6 +198,12 @@ def mesa(
       decay: of the moving average, in [0, 1). Default 0.9995.
       start_step: the last step (from 0) without the trajectory loss. Default 0.
 
+    Returns:
+      The `Method`.
+
+    Raises:
+      ValueError: a number out of range.
+
     `jaxref.optimizers.mesa_loss` says more.
     """
     check_interval(0, 1, closed="left", decay=decay)
@@ -243,6 +259,12 @@ def distillation_oriented(
       weight: of the distillation loss τ² KL(teacher ‖ student), at least 0. Default 1.
       temperature: τ above 0. Default 4.
       decay: of the moving average, in [0, 1). Default 0.99.
+
+    Returns:
+      The `Method`.
+
+    Raises:
+      ValueError: a number out of range.
 
     `jaxref.optimizers.distillation_oriented_sgd` says more.
     """

@@ -47,6 +47,9 @@ def ef21(
       compressor: what makes the compressor, a component. Default the largest tenth of each leaf.
       seed: of a compressor that draws random numbers. Default 0.
 
+    Returns:
+      The `Method`.
+
     `jaxref.optimizers.ef21_gradient` says more.
     """
     return _error_feedback(
@@ -63,7 +66,14 @@ def ef14(
     compressor: Callable[[], optimizers.Compressor] = partial(optimizers.top_k_compressor, 0.1),
     seed: int = 0,
 ) -> Method:
-    """The classical error feedback, otherwise as `ef21`."""
+    """The classical error feedback, otherwise as `ef21`.
+
+    Args:
+      learning_rate, clip_norm, mesh, base, compressor, seed: as for `ef21`.
+
+    Returns:
+      The `Method`.
+    """
     return _error_feedback(
         optimizers.ef14_gradient, learning_rate, clip_norm, mesh, base, compressor, seed
     )
@@ -154,6 +164,13 @@ def spsa(
       num_samples: perturbations a step on each device, each on a share of its rows. Default 1.
       epsilon: the size of a perturbation, above 0. Default 1e-3.
       seed: of the perturbations. Default 0.
+
+    Returns:
+      The `Method`.
+
+    Raises:
+      ValueError: `num_samples` below 1; when a step is traced, one that does not divide the rows of
+        a device and micro-batch, or a mesh that splits anything else besides the batch over "data".
 
     `jaxref.optimizers.decentralized_spsa_step` says more.
     """

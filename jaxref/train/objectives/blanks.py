@@ -36,6 +36,23 @@ def codegen_mixture(
     (`jaxref.data.mixed_objective_example`); measured by the next token of texts without blanks.
 
     No blank goes over the end of a document, which `document_separator` is the id of.
+
+    Args:
+      token_losses: the losses of the section `loss`; given by the program.
+      vocab_size: number of ids of the text; given by the program. Further ids follow them.
+      causal_probability: of a text without blanks, in [0, 1]. Default 1/2.
+      mask_ratio_range: the least and the largest share of tokens in blanks, in [0, 1]. Default 0.05
+        and 1.
+      mean_span_length: tokens of a blank, at least 1. Default 3.
+      num_sentinels: the most blanks, at least 1. Default 13.
+      document_separator: an id, or None where a text is one document. Default 0, the byte between
+        files.
+
+    Returns:
+      The `Objective`.
+
+    Raises:
+      ValueError: a number out of range.
     """
     check_interval(1, jnp.inf, num_sentinels=num_sentinels)
     separator, end_of_mask, end_of_text, first_sentinel = range(vocab_size, vocab_size + 4)
@@ -88,6 +105,16 @@ def glm_blank(
     (`jaxref.data.blank_infilling_example`).
 
     Held-out text is measured by what fills its blanks, with blanks that are always the same.
+
+    Args:
+      token_losses: the losses of the section `loss`; given by the program.
+      vocab_size: number of ids of the text; given by the program. Further ids follow them.
+      short_mask_probability: of short spans, in [0, 1]. Default 0.3.
+      span_mean: tokens of a short span, above 0. Default 3.
+      span_ratio: the least share of tokens in short spans, in (0, 1). Default 0.15.
+
+    Returns:
+      The `Objective`.
     """
     mask, gmask, start, end = range(vocab_size, vocab_size + 4)
 

@@ -35,6 +35,19 @@ def electra(
 
     The generator, the model at `generator_size` of its width, learns to fill in the masked tokens
     that it replaces. It shares the encoder's embeddings, through a map from one width to the other.
+
+    Args:
+      vocab_size: number of ids of the text; given by the program. Further ids follow them.
+      mask_probability: the share of tokens that the generator fills in, in (0, 1]. Default 0.15.
+      generator_size: its width as a share of the encoder's, in (0, 1]. Default a quarter.
+      generator_weight, discriminator_weight: of the two losses. Default 1 and 50.
+      temperature: at which the generator's tokens are drawn, above 0. Default 1.
+
+    Returns:
+      The `Objective`, whose model reads and does not write.
+
+    Raises:
+      ValueError: a `generator_size` out of range.
     """
     check_interval(0, 1, closed="right", generator_size=generator_size)
 

@@ -54,18 +54,42 @@ class Objective(NamedTuple):
 
 def next_token(*, token_losses: TokenLoss) -> Objective:
     """The loss of the section `loss`, of every token given those before it; of images and series,
-    of each of them."""
+    of each of them.
+
+    Args:
+      token_losses: the losses of the section `loss`; given by the program.
+
+    Returns:
+      The `Objective`.
+    """
     return Objective(token_losses)
 
 
 def weighted(losses: Array, weights: Array) -> Array:
     """The losses times their weights, scaled so that their mean is the weighted mean; 0 where no
-    weight is above 0."""
+    weight is above 0.
+
+    Args:
+      losses: floating point.
+      weights: at least 0, or boolean, broadcastable to `losses`.
+
+    Returns:
+      Of the shape of `losses`, whose mean over all entries is to be minimised.
+    """
     weights = weights.astype(jnp.float32)
     mean = jnp.mean(weights)
     return losses * weights / jnp.where(mean > 0, mean, 1.0)
 
 
 def each_row(function: Callable[..., Any], key: Array, *rows: Array) -> Any:
-    """`function(key, row, ...)` of each row of a batch, with a key of its own."""
+    """`function(key, row, ...)` of each row of a batch, with a key of its own.
+
+    Args:
+      function: of a random key and of rows without the axis of the batch.
+      key: a random key.
+      *rows: arrays `[rows, ...]`.
+
+    Returns:
+      What the function gives, `[rows, ...]`.
+    """
     return jax.vmap(function)(jax.random.split(key, len(rows[0])), *rows)

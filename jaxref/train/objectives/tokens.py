@@ -27,7 +27,18 @@ def goldfish(
     seed: int = 2971215073,
 ) -> Objective:
     """The loss of the section `loss` without the tokens that `jaxref.losses.goldfish_mask` drops,
-    so that no passage can be recited, however often it came."""
+    so that no passage can be recited, however often it came.
+
+    Args:
+      token_losses: the losses of the section `loss`; given by the program.
+      k: at least 2; 1/k of the tokens is dropped. Default 4.
+      strategy: "hash" (the default), by the tokens before; "static", by the place; or "random".
+      context_width: tokens that the hash is of, at least 1. Default 13.
+      seed: of the hash, in [0, 2³²).
+
+    Returns:
+      The `Objective`.
+    """
 
     def losses(model: Any, batch: Batch, key: Array) -> Array:
         key, mask_key = jax.random.split(key)
@@ -46,7 +57,15 @@ def goldfish(
 
 def emo(*, mode: Mode = "mle", epsilon: float = 1e-10) -> Objective:
     """Cross-entropy and the earth mover's distance between words, which are as far apart as their
-    columns of the output matrix (`jaxref.losses.linear_emo_loss`)."""
+    columns of the output matrix (`jaxref.losses.linear_emo_loss`).
+
+    Args:
+      mode: as in `jaxref.losses.emo_loss`. Default "mle".
+      epsilon: likewise, above 0. Default 1e-10.
+
+    Returns:
+      The `Objective`.
+    """
 
     def losses(model: Any, batch: Batch, key: Array) -> Array:
         hidden = model.hidden(batch["inputs"], key=key)
@@ -70,7 +89,21 @@ def reweighted(
 ) -> Objective:
     """The loss of the section `loss`, of each sequence by a weight that follows from how large it
     is beside the others' of the batch (`jaxref.data.loss_based_weights`); almost alike, at
-    `first_temperature`, in the first `warmup_share` of the steps."""
+    `first_temperature`, in the first `warmup_share` of the steps.
+
+    Args:
+      token_losses: the losses of the section `loss`; given by the program.
+      steps: of the run; given by the program.
+      strategy: how the weight follows from the loss, as in `jaxref.data.loss_based_weights`.
+        Default "linupper".
+      temperature: above 0; the larger, the more alike the weights are. Default 0.4.
+      first_temperature: likewise, at the start. Default 100.
+      warmup_share: in [0, 1]. Default a tenth.
+      delta: above 0, as in `jaxref.data.loss_based_weights`. Default 1.
+
+    Returns:
+      The `Objective`.
+    """
     warmup = round(warmup_share * steps)
     schedule = temperature_schedule(first_temperature, temperature, warmup, warmup)
 
@@ -99,7 +132,24 @@ def prior(
 ) -> Objective:
     """The loss of the section `loss`, of each token the more, the less likely another model thinks
     it (PRIOR): that of the run in the directory `objective.reference`
-    (`jaxref.losses.reference_token_weights`)."""
+    (`jaxref.losses.reference_token_weights`).
+
+    Args:
+      token_losses: the losses of the section `loss`; given by the program.
+      reference: the working directory of the other run, whose vocabulary, windows and batches are
+        the same.
+      exponent: at least 0; 0 weighs all tokens alike. Default 1.
+      weighting: "complement" (the default) or "inverse" of the reference's probability.
+      floor, ceiling: the least and the largest score of a token. Default 0 and 10.
+      normalise: over what weights have the mean 1: "sequence" (the default), "batch", or None for
+        the scores themselves.
+
+    Returns:
+      The `Objective`.
+
+    Raises:
+      ConfigError: no `reference`.
+    """
     if not reference:
         raise ConfigError("objective.reference must be the directory of a run, for its model")
 
