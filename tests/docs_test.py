@@ -166,6 +166,15 @@ def test_mathematics_is_told_from_code(text, expected):
     assert formula.is_mathematics(text) is expected
 
 
+def test_colab_opens_what_is_at_github():
+    site = importlib.import_module("jaxref_docs.site")
+    address = "https://colab.research.google.com/github/owner/name/blob/main/colabs/a.ipynb"
+    for repository in ("https://github.com/owner/name", "https://github.com/owner/name.git"):
+        assert site.colab_address(repository, "colabs/a.ipynb") == address
+    assert site.colab_address("https://example.org/name", "colabs/a.ipynb") == ""
+    assert site.colab_address("", "colabs/a.ipynb") == ""
+
+
 def test_every_public_name_is_read_from_the_source():
     assert public_names() - set(PACKAGE.symbols) == set()
 

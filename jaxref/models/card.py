@@ -42,7 +42,9 @@ def exponential_moving_average(x: ArrayLike, *, alpha: float = 0.5, axis: int) -
       TypeError: `x` is not floating point.
 
     Use it on queries and keys, so that attention compares neighbourhoods and not single noisy
-    steps. Time and memory grow with the square of the axis: hundreds of steps, not millions.
+    steps; along hundreds of steps, not millions.
+
+    Cost: a product with a matrix of length² weights: length² multiplications for each series.
 
     Example:
       >>> print(exponential_moving_average(jnp.array([0.0, 8.0, 8.0]), axis=0))
@@ -83,7 +85,10 @@ def dynamic_projection(x: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None =
       ValueError: shapes that do not match.
       TypeError: `x`, `kernel` or `bias` is not floating point.
 
-    Use it for attention over many channels at a cost of length times r.
+    Use it on the keys and values of attention over many channels, where all pairs of channels are
+    too many.
+
+    Cost: 2 · length · r · features multiplications, and length · r weights in memory.
 
     Example:
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
@@ -135,6 +140,8 @@ def token_blend(x: ArrayLike, *, merge_size: int = 2) -> Array:
     Use it before a feed-forward layer, in place of the usual merge, to see series at two
     resolutions.
 
+    Cost: none but a transposition: entries change places.
+
     Example:
       >>> x = jnp.arange(6).reshape(3, 2, 1)  # three tokens, two heads
       >>> print(token_blend(x).tolist())
@@ -182,6 +189,12 @@ class CARDConfig:
 
     Raises:
       ValueError: a size below 1, a rate out of range, or sizes that do not divide each other.
+
+    Use `use_statistics` where the level of a series tells of its future; without it the forecast
+    follows any change of a channel's unit. Use a small `projection_rank` for many channels.
+
+    Cost: at the defaults for 7 channels 32 thousand parameters and 1.5 million multiplications a
+    window.
     """
 
     channels: int
@@ -249,10 +262,15 @@ class CARD(nnx.Module):
     Raises:
       ValueError: when called, inputs of another shape.
 
-    `train()` and `eval()` say whether norms use the batch's statistics and move theirs. Use it on
-    series that tell of each other, with `jaxref.losses.signal_decay_loss`; `NBEATS` sees each by
-    itself. Without `use_statistics` the forecast follows any change of a channel's unit, x → a x +
-    b. The order of the channels matters, as queries and keys are smoothed along them.
+    Use it on series that tell of each other, with `jaxref.losses.signal_decay_loss`; `NBEATS` sees
+    each by itself.
+
+    Cost: about num_layers · (7 · features² + 8 · features · mlp_features) parameters, as many
+    multiplications a token, and the head's; attention over channels is linear in them.
+
+    `train()` and `eval()` say whether norms use the batch's statistics and move theirs. Without
+    `use_statistics` the forecast follows any change of a channel's unit, x → a x + b. The order of
+    the channels matters, as queries and keys are smoothed along them.
 
     Example:
       >>> config, inputs = CARDConfig(channels=7), jnp.ones((2, 96, 7))

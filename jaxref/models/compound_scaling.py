@@ -94,6 +94,8 @@ def tiny_formula(
     Use it to shrink EfficientNet-B0; `fit_tiny_formula` finds r(c) and d(c) for another base, and
     `inverse_giant_formula` is what EfficientNet's own scaling would give.
 
+    Cost: an interpolation between a few numbers on the host.
+
     Example:
       >>> print("%.3f %.3f %.3f" % tiny_formula(0.1))
       0.696 0.713 0.538
@@ -133,7 +135,9 @@ def inverse_giant_formula(
     Raises:
       ValueError: a factor that is not positive.
 
-    What `tiny_formula` is compared with: it keeps more width, and less resolution.
+    Use it as what `tiny_formula` is compared with: it keeps more width, and less resolution.
+
+    Cost: three powers on the host.
 
     Example:
       >>> print("%.3f %.3f %.3f" % inverse_giant_formula(1.0))
@@ -180,6 +184,12 @@ def fit_tiny_formula(
       ValueError: arrays of different lengths, a number out of its range, or fewer than three
         networks to keep; when called, a compression that is not positive, or at which the fit has
         no positive resolution or depth.
+
+    Use it to shrink a base other than EfficientNet-B0, of which many small networks can be trained
+    first; `tiny_formula` has what was found for that.
+
+    Cost: n trained networks; on the host O(n²) comparisons and, in three fits, O(k³) a step for the
+    k that are kept.
 
     Example:
       >>> sampled = [Multipliers(r, 1.0, 1.0) for r in np.linspace(0.3, 1, 20)]
@@ -228,6 +238,11 @@ def scale_channels(channels: int, width: float, *, divisor: int = 8) -> int:
     Raises:
       ValueError: a number out of its range.
 
+    Use it for every layer of a network that is scaled in width, such as by `tiny_formula`, so that
+    channels stay multiples of what hardware likes.
+
+    Cost: one formula on the host.
+
     Example:
       >>> scale_channels(24, 0.54), scale_channels(80, 0.54)
       (16, 40)
@@ -261,6 +276,11 @@ def efficientnet_b0_flops(
 
     Raises:
       ValueError: a multiplier that is not positive.
+
+    Use it to know what the multipliers of `tiny_formula` come to before a `TinyNet` is built, and
+    as the base of `fit_tiny_formula`.
+
+    Cost: a sum over the blocks on the host; no model is built.
 
     Example:
       >>> print(f"{efficientnet_b0_flops() / 1e6:.0f}M")

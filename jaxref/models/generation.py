@@ -48,6 +48,9 @@ def sample_tokens(
     Use a temperature below 1, or top_p (nucleus sampling) near 0.9, for text with fewer slips; 0
     for tasks with one answer.
 
+    Cost: a pass over the vocabulary and a random number for each entry; with `top_k` a partial
+    sort, with `top_p` a sort.
+
     Example:
       >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
       >>> int(sample_tokens(logits, temperature=0.0))
@@ -131,7 +134,11 @@ def generate(
       ValueError: shapes that do not match, ids that the model does not have, more tokens than the
         model's `max_length`, a number out of range, or a model that cannot go on step by step.
 
-    Use `model.init_cache` and `model.extend` for other ways to search.
+    Use it to complete prompts with a trained model; `sample_tokens` draws a single token, and
+    `model.init_cache` and `model.extend` are for other ways to search.
+
+    Cost: a pass over the prompts at once, then one over parameters and cache for each token; a
+    cache of the model's max_length positions a sequence.
 
     Example:
       >>> from jaxref.models import TransformerConfig

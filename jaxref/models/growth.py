@@ -47,6 +47,11 @@ def pad_kernel(
     Raises:
       ValueError: a size below the kernel's, a negative scale, or no key where one is needed.
 
+    Use it for the linear maps of a model of your own that is to grow; `grow_transformer` does all
+    of a `Transformer`'s, `rescale_norm_for_padding` the norms.
+
+    Cost: one kernel of the new size, and as many random numbers where `new_scale` is above 0.
+
     Example:
       >>> print(pad_kernel(jnp.ones((1, 2)), 2, 3))
       [[1. 1. 0.]
@@ -89,6 +94,11 @@ def rescale_norm_for_padding(
 
     Raises:
       ValueError: a width that shrinks, or a negative `epsilon`.
+
+    Use it for the norms in front of what `pad_kernel` made, where new channels of the stream are 0;
+    `grow_transformer` does both.
+
+    Cost: elementwise, once.
 
     Example:
       >>> scale, epsilon = rescale_norm_for_padding(jnp.ones(1), 4e-6, 1, 4)
@@ -143,6 +153,9 @@ def grow_transformer(
         norm would have to re-centre.
 
     Use it to continue training from the small model's loss in place of that of random weights.
+
+    Cost: the initialization of the larger model and a copy of the smaller one; no data and no
+    gradients.
 
     Example:
       >>> from jaxref.models import TransformerConfig

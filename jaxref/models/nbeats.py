@@ -47,6 +47,13 @@ class NBEATSConfig:
 
     Raises:
       ValueError: a size below 1, an unknown stack or none, or widths that are not one per stack.
+
+    Use the defaults where trend and seasons are to be told apart, `stacks=("generic",) * 3` where
+    they are not known; `share_weights=False` has `num_blocks` times the parameters at the same
+    work.
+
+    Cost: 2.6 million parameters and 10.6 million multiplications a series at the defaults, for 120
+    steps and a horizon of 24.
     """
 
     context_length: int
@@ -111,10 +118,15 @@ class NBEATS(nnx.Module):
         in training owes.
       deterministic: whether this is evaluation. Initially False.
 
+    Use it on single series, and with `config.alignment`, or `forecast_with_features` and
+    `jaxref.losses.stack_alignment_loss`, where it is to forecast in domains that it has not seen;
+    `CARD` reads several channels together.
+
+    Cost: about features · (context_length + (num_layers - 1) · features) parameters a block, shared
+    ones once, and as many multiplications a series for each block.
+
     Every channel is a series by itself, with the same parameters. Standardise series of different
-    scales beforehand. Use it on single series, and with `config.alignment`, or
-    `forecast_with_features` and `jaxref.losses.stack_alignment_loss`, where it is to forecast in
-    domains that it has not seen; `CARD` reads several channels together.
+    scales beforehand.
 
     Example:
       >>> config = NBEATSConfig(context_length=20, horizon=4)

@@ -45,6 +45,12 @@ class NFResNetConfig:
 
     Raises:
       ValueError: an unknown depth, stem or activation, a size below 1, or a rate out of range.
+
+    Use `stem="small"` for images of few pixels, as CIFAR's, and `stochastic_depth` and `dropout`
+    against what normalization no longer regularizes; `ResNetConfig` has norms.
+
+    Cost: at the defaults for 1000 classes 25.6 million parameters and 4.1 billion multiplications
+    an image.
     """
 
     num_classes: int
@@ -93,10 +99,14 @@ class NFResNet(nnx.Module):
     Raises:
       ValueError: when called, images of another shape.
 
+    Use it, with `jaxref.optimizers.adaptive_gradient_clip` at large rates, where batch statistics
+    hurt: small batches, contrastive losses, federated clients. `ResNet` has norms.
+
+    Cost: that of a `ResNet` of its depth, with each kernel standardised at every call in place of
+    norms and their state.
+
     An example does not see its batch, in training or evaluation. An example that stochastic depth
-    leaves in is not scaled up, as in the authors' code. Use it, with
-    `jaxref.optimizers.adaptive_gradient_clip` at large rates, where batch statistics hurt: small
-    batches, contrastive losses, federated clients. `ResNet` has norms.
+    leaves in is not scaled up, as in the authors' code.
 
     Example:
       >>> config, images = NFResNetConfig(num_classes=10), jnp.ones((2, 224, 224, 3))

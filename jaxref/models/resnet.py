@@ -66,6 +66,12 @@ class ResNetConfig:
 
     Raises:
       ValueError: an unknown depth or stem, a size below 1, or a rate out of range.
+
+    Use depth 18 or 34 where work is dear, `stem="small"` for images of few pixels, and
+    `jaxref.norms.group_norm` with `jaxref.nn.WeightStandardizedConv` where batches are small.
+
+    Cost: for 1000 classes 11.7 million parameters and 1.8 billion multiplications an image at depth
+    18, 25.6 and 4.1 at 50, 60.2 and 11.5 at 152.
     """
 
     num_classes: int
@@ -121,8 +127,13 @@ class ResNet(nnx.Module):
     Raises:
       ValueError: when called, images of another shape, or a batch that the norm does not take.
 
+    Use it to compare norms, convolutions or losses on the classifier that most papers have;
+    `NFResNet` has no norms, `TinyNet` takes fewer operations.
+
+    Cost: 25.6 million parameters and 4.1 billion multiplications an image at the defaults, and the
+    state of the norm, for `jaxref.norms.batch_norm` two numbers a channel.
+
     `train()` and `eval()` say whether norms use the batch's statistics and move theirs.
-    `NFResNet` has no norms.
 
     Example:
       >>> config = ResNetConfig(num_classes=10, image_shape=(32, 32, 3), depth=18, stem="small")

@@ -49,6 +49,8 @@ def class_activation_map(
     Use it to see which observations a decision rests on, with
     `TimeSeriesTransformer.tokens(...)` and `model.head.kernel[...]`.
 
+    Cost: length · features multiplications a series; no gradient, no further call of the model.
+
     Example:
       >>> tokens, kernel = jnp.array([[1.0, 0.0], [2.0, 1.0]]), jnp.array([[1.0, 0.0], [3.0, 1.0]])
       >>> print(class_activation_map(tokens, kernel, 0))
@@ -99,6 +101,12 @@ class TimeSeriesTransformerConfig:
     Raises:
       ValueError: a size below 1, a rate out of range, heads that do not divide the features, or an
         unknown `add_auxiliary_to`.
+
+    Use `add_auxiliary_to="channels"` where every step is to be read in the light of the auxiliary
+    numbers, "time" to see in `class_activation_map` how much they speak for a class.
+
+    Cost: at the defaults for 14 classes and 6 channels 13 thousand parameters and 1.9 million
+    multiplications a series of 100 steps.
     """
 
     num_classes: int
@@ -148,9 +156,14 @@ class TimeSeriesTransformer(nnx.Module):
       ValueError: when called, inputs of another shape, or auxiliary numbers that the configuration
         does not have.
 
+    Use it for light curves and other series of several channels, of any number of steps; `NBEATS`
+    and `CARD` forecast. `class_activation_map` shows what a decision rests on.
+
+    Cost: num_layers · (4 · features² + 2 · features · mlp_features) parameters, as many
+    multiplications a step, and attention over all pairs of steps.
+
     The series are to be resampled to regular steps beforehand (in the paper 100, by a Gaussian
-    process over time and wavelength); any number of steps is taken. `class_activation_map` shows
-    what a decision rests on; the paper reports `jaxref.losses.weighted_log_loss`.
+    process over time and wavelength). The paper reports `jaxref.losses.weighted_log_loss`.
 
     Example:
       >>> config = TimeSeriesTransformerConfig(num_classes=14, channels=6, auxiliary_features=2)

@@ -50,6 +50,12 @@ class TinyNetConfig:
 
     Raises:
       ValueError: a size below 1, or a number out of range.
+
+    Use it with multipliers of your own, as of `tiny_formula`; `tinynet_config` has those of the
+    five published networks.
+
+    Cost: at the defaults for 1000 classes 5.3 million parameters and 386 million multiplications an
+    image.
     """
 
     num_classes: int
@@ -81,7 +87,7 @@ def tinynet_config(variant: str, **options: Any) -> TinyNetConfig:
     """The configuration of TinyNet-A to -E.
 
     Args:
-      variant: "a", with 339 million operations, to "e", with 24.
+      variant: "a", with 337 million operations, to "e", with 24.
       **options: further fields of the configuration, `num_classes` among them.
 
     Returns:
@@ -90,7 +96,10 @@ def tinynet_config(variant: str, **options: Any) -> TinyNetConfig:
     Raises:
       ValueError: an unknown variant.
 
-    For any other number of operations, `tiny_formula` gives the multipliers.
+    Use it for the published networks; for any other number of operations, `tiny_formula` gives the
+    multipliers of a `TinyNetConfig`.
+
+    Cost: no arrays; for 1000 classes 6.2, 3.7, 2.5, 2.3 and 2.0 million parameters from "a" to "e".
 
     Example:
       >>> config = tinynet_config("e", num_classes=1000)
@@ -120,8 +129,13 @@ class TinyNet(nnx.Module):
       config: its parts and sizes; those of the paper come from `tinynet_config`.
       rngs: source of the `params` key.
 
-    `train()` and `eval()` say whether norms use the batch's statistics and move theirs. Use it
-    where operations and memory are few; `ResNet` is quicker for its operations on large devices.
+    Use it where operations and memory are few; `ResNet` is quicker for its operations on large
+    devices.
+
+    Cost: 2.0 million parameters and 24 million multiplications an image (TinyNet-E) to 6.2 and 337
+    (TinyNet-A); two numbers of state a channel of each norm.
+
+    `train()` and `eval()` say whether norms use the batch's statistics and move theirs.
 
     Example:
       >>> config, images = tinynet_config("e", num_classes=10), jnp.ones((2, 106, 106, 3))

@@ -31,9 +31,14 @@ class ConvTokenizer(nnx.Module):
     Raises:
       ValueError: a size below 1, or images of another number of channels.
 
+    Use it in front of a `CompactEncoder`: tokens that overlap, and that a convolution has looked
+    at, spare a transformer what it would need many images to learn. `CompactVisionTransformer` has
+    patches that do not overlap.
+
+    Cost: kernel_size² · in_features · features parameters with one layer, as many multiplications a
+    pixel, a quarter of which are left as tokens.
+
     Pooling is over 3 x 3 pixels with stride 2 and one pixel of padding, and there are no biases.
-    Tokens that overlap, and that a convolution has looked at, spare a transformer what it would
-    need many images to learn; `PatchEmbedding` makes tokens of squares that do not.
 
     Example:
       >>> images = jnp.ones((2, 32, 32, 3))
@@ -109,6 +114,12 @@ class TextTokenizer(nnx.Module):
 
     Raises:
       ValueError: a size below 1, or word vectors of another size.
+
+    Use it on word vectors in front of a `CompactEncoder`, which then classifies texts from half the
+    tokens; `ConvTokenizer` is for images.
+
+    Cost: kernel_size · in_features · features parameters, as many multiplications a word; about
+    half as many tokens as words.
 
     Pooling is over 3 positions with stride 2 and one of padding, and there is no bias. A token
     exists where the words do that it was made of, any of them: others come out 0.

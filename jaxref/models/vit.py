@@ -214,6 +214,12 @@ class VisionTransformerConfig:
     Raises:
       ValueError: a size below 1, a rate out of range, or an unknown `pool`.
 
+    Use a `patch_size` of 32 for a quarter of the tokens and of the work; `pool="mean"` does without
+    a class token.
+
+    Cost: at the defaults for 1000 classes 86.6 million parameters and 17.6 billion multiplications
+    an image.
+
     Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image
     Recognition at Scale", 2020, arXiv:2010.11929.
     """
@@ -255,8 +261,14 @@ class VisionTransformer(nnx.Module):
       ValueError: a patch size that does not divide the image, or heads that do not divide the
         features.
 
-    The head starts at 0. Use it where there is much data, or a trained model to start from;
-    `CompactConvolutionalTransformer` learns from some ten thousand images.
+    Use it where there is much data, or a trained model to start from;
+    `CompactConvolutionalTransformer` learns from some ten thousand images, `WideNet` has fewer
+    parameters.
+
+    Cost: num_layers · (4 · features² + 2 · features · mlp_features) parameters, as many
+    multiplications a token, and attention over all pairs of tokens.
+
+    The head starts at 0.
 
     Example:
       >>> config = VisionTransformerConfig(num_classes=10, patch_size=32)

@@ -28,7 +28,7 @@ class WideNetEncoder(nnx.Module):
 
         x ← x + attention(norm_{l,1}(x)),   x ← x + moe(norm_{l,2}(x)),   l = 1 ... L
 
-    Depth costs 4 · features parameters a block; the experts make up for what sharing takes away.
+    The experts make up for what sharing takes away.
     With norms of their own the blocks see the tokens differently, and route them differently.
 
     Args:
@@ -53,8 +53,11 @@ class WideNetEncoder(nnx.Module):
     Raises:
       ValueError: a value out of its range, or heads that do not divide the features.
 
-    The token stack without embedding or head: behind a table of words it is the paper's language
-    model. `WideNet` is the image classifier.
+    Use it as the token stack without embedding or head: behind a table of words it is the paper's
+    language model. `WideNet` is the image classifier.
+
+    Cost: the parameters of one block and 4 · features a layer, at the work of L blocks; in training
+    a dispatch to the experts that grows with the square of the batch's tokens.
 
     Example:
       >>> tokens = jnp.ones((1, 5, 64))
@@ -150,6 +153,12 @@ class WideNetConfig:
 
     Raises:
       ValueError: a size below 1 or a rate out of range.
+
+    Use more `num_experts` to make up for what blocks share; `top_k` says how many of them work on a
+    token, `balance_coefficient` how evenly tokens spread.
+
+    Cost: at the defaults for 1000 classes 22.8 million parameters; in evaluation, where all experts
+    see all tokens, 51 billion multiplications an image.
     """
 
     num_classes: int
@@ -189,9 +198,14 @@ class WideNet(nnx.Module):
       ValueError: a patch size that does not divide the image, heads that do not divide the
         features, or `top_k` above the number of experts.
 
+    Use it in place of `VisionTransformer` where parameters are dear: at its depth and width,
+    WideNet-B has a quarter of ViT-B's.
+
+    Cost: 22.8 million parameters at the defaults; in training top_k · capacity_factor times the
+    work of a `VisionTransformer`'s MLPs, in evaluation num_experts times.
+
     `train()` and `eval()` say whether experts have limited room and the balance loss is stored; see
-    `jaxref.nn.AuxiliaryLoss`. Use it in place of `VisionTransformer` where parameters are dear: at
-    its depth and width, WideNet-B has a quarter of ViT-B's.
+    `jaxref.nn.AuxiliaryLoss`.
 
     Example:
       >>> config, images = WideNetConfig(num_classes=10), jnp.ones((2, 224, 224, 3))

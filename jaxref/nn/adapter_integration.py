@@ -25,6 +25,11 @@ class IntegratorParam(nnx.Param):
 
     All others are frozen: `nnx.Optimizer(model, ..., wrt=IntegratorParam)` trains these alone.
 
+    Use it to filter what a new domain trains, in optimizers and in `count_parameters`; the adapters
+    of earlier domains are `nnx.LoRAParam`.
+
+    Cost: none: it marks variables.
+
     Reference: Hadad, Roitman, Eshel, Shapira, Rokach, "X-Cross: Dynamic Integration of Language
     Models for Cross-Domain Sequential Recommendation", 2025, arXiv:2504.20859.
     """
@@ -57,8 +62,12 @@ class LoRALinear(Linear):
     Raises:
       ValueError: a size below 1, or an input whose rows n does not divide.
 
-    It stands where a `Linear` does: `MLP(..., linear=functools.partial(LoRALinear, rank=8))`.
+    Use it to fine-tune a frozen `Linear` by few parameters, or to run n such models at once. It
+    stands where a `Linear` does: `MLP(..., linear=functools.partial(LoRALinear, rank=8))`.
     `stack_adapters` makes n adapters of n models with one each.
+
+    Cost: n · r · (inputs + outputs) parameters beside the kernel's; r · (inputs + outputs)
+    multiplications a row beside its inputs · outputs.
 
     Example:
       >>> adapted = LoRALinear(8, 4, rank=2, axes=("embed", "mlp"), rngs=nnx.Rngs(0))
@@ -142,6 +151,9 @@ def stack_adapters(modules: Sequence[Module]) -> Module:
 
     Use it on what n domains made of one encoder, for the layers of an `XCrossEncoder`.
 
+    Cost: a copy of all adapters, while the base is shared; known values of every base are compared
+    with the first one's on the host.
+
     Example:
       >>> models = [
       ...     LoRALinear(4, 3, rank=2, axes=(None, None), rngs=nnx.Rngs(0)) for _ in range(2)
@@ -202,6 +214,9 @@ def cross_model_integrate(
     Use it between the layers of models that run side by side; `XCrossEncoder` does. n = 1 scales
     each token by 1 + z.
 
+    Cost: (n³ + n²) · features multiplications a token, for Z and its product; the n³ once a
+    sequence without `per_token`.
+
     Example:
       >>> h = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])  # two models, one token
       >>> weight = jnp.zeros((4, 4)).at[0, 1].set(0.5)  # from the first feature of the first, Z_12
@@ -239,7 +254,7 @@ class XCrossEncoder(nnx.Module):
 
     with Z of `cross_model_integrate`. A layer's integrated states are what the next layer of each
     encoder sees. Integrators begin at 0, so that the encoders begin as they were; they and the head
-    are all that trains, n³ · features + n² numbers a layer.
+    are all that trains.
 
     Args:
       layers: modules of n adapters each, from `[batch, length, features]` to the same, such as
@@ -265,6 +280,9 @@ class XCrossEncoder(nnx.Module):
     Use it for a new domain with little data, where adapters of other domains exist. Train it with
     `jaxref.losses.softmax_cross_entropy` over the scores of a user's candidates, one of them
     positive, each with the user's history in its prompt.
+
+    Cost: n³ · features + n² parameters to train a layer and as many multiplications a token, beside
+    the work of n encoders; the backward pass goes through all layers.
 
     Example:
       >>> layer = LoRALinear(8, 8, rank=2, num_adapters=3, axes=(None, None), rngs=nnx.Rngs(0))
@@ -367,6 +385,8 @@ def count_parameters(module: nnx.Module, kind: Any = nnx.Param) -> int:
 
     Use it to see what a new domain costs: `IntegratorParam`s against the `nnx.LoRAParam`s of one
     adapter more.
+
+    Cost: none on a device: shapes are added up.
 
     Example:
       >>> count_parameters(LoRALinear(8, 4, rank=2, axes=(None, None), rngs=nnx.Rngs(0)))

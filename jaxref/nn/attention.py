@@ -69,6 +69,12 @@ class MultiHeadAttention(nnx.Module):
         `num_kv_heads` does not divide `num_heads`, or one of them is below 1, or a fraction that
         leaves no pair of entries to rotate.
 
+    Use it as the mixer of a block, with the attention function as an argument;
+    `EntropyGuidedAttention`, `ThirdOrderAttention` and `CausalGenerationMixer` stand in its place.
+
+    Cost: 2 · features · head_dim · (num_heads + num_kv_heads) parameters, as many multiplications a
+    token, and those of `attention`; 2 · num_kv_heads · head_dim numbers of cache a token.
+
     Fewer key and value heads make decoding cheaper; the norm of query and key bounds the scores,
     for high learning rates.
 

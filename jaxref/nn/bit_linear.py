@@ -29,7 +29,10 @@ class BitLinear(Linear):
 
     Use it as the `linear` of `MultiHeadAttention` and `MLP`, in all layers but embeddings and the
     output layer. Small language models want twice the width for the same loss, as the paper finds.
-    `quantized_kernel()` is what is left to store after training, 2 bits per weight.
+    `QuantizedBitLinear` is what it becomes for inference.
+
+    Cost: the parameters of `Linear` in training, quantized anew at each call, with a sort for the
+    median; 2 bits per weight are left to store after it, by `quantized_kernel()`.
 
     Example:
       >>> import jax.numpy as jnp

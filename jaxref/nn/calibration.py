@@ -34,8 +34,7 @@ def collect_hessians(
 
         sum += Σ x xᵀ,   count += the number of x
 
-    by `jaxref.quantization.hessian_update`: a layer takes the memory of one matrix `[inputs,
-    inputs]`, however many batches there are. Nothing else is kept.
+    by `jaxref.quantization.hessian_update`. Nothing else is kept.
 
     Args:
       model: any module with `Linear`s (subclasses too) or `flax.nnx.Linear`s. It is called in
@@ -56,6 +55,9 @@ def collect_hessians(
 
     Use it before `gptq_quantize` and its relatives; `collect_inputs` for methods that learn from
     examples.
+
+    Cost: a forward pass of each batch, with inputs² multiplications more a token and layer; one
+    matrix `[inputs, inputs]` of memory a layer, however many batches.
 
     Example:
       >>> from jaxref.nn import MLP
@@ -94,6 +96,9 @@ def collect_inputs(
     Use it before `adaptive_rounding` and others that learn from examples. Rows of the same number
     are of the same token, for layers that are called once.
 
+    Cost: forward passes of as many batches as it takes; `rows` vectors of inputs float32 numbers a
+    layer.
+
     Example:
       >>> from jaxref.nn import MLP
       >>> mlp = MLP(4, 16, rngs=nnx.Rngs(0))
@@ -131,6 +136,17 @@ def called_linears(model: nnx.Module, batch: Any, *, call: Call | None = None) -
     Args:
       model, call: as for `collect_hessians`.
       batch: a pytree of arrays, or of `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      The paths, each at the place of its first call.
+
+    Raises:
+      What the model raises when called.
+
+    Use it to quantize the layers of a model one after the other, each behind those that are done
+    already; `collect_hessians` and `collect_inputs` run the model for what they are given.
+
+    Cost: one abstract trace of the model; no array is computed.
 
     Example:
       >>> from jaxref.nn import MLP

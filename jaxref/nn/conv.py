@@ -58,6 +58,9 @@ class Conv(nnx.Module):
 
     Use it in place of `flax.nnx.Conv` where parameters are to be sharded by what their axes mean.
 
+    Cost: the size of the kernel · in_features · out_features / feature_group_count parameters, and
+    as many multiplications for each position of the output.
+
     Example:
       >>> conv = Conv(3, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
       >>> conv(jnp.ones((2, 7, 6, 3))).shape
@@ -198,6 +201,9 @@ class WeightStandardizedConv(WeightStandardized, ReparametrizedConv):
     Use it with `group_norm` or `batch_channel_norm` where batches are small;
     `ScaledWeightStandardizedConv` is for networks without normalization of the activations.
 
+    Cost: that of `Conv`, and a mean and a variance of the kernel at each call, until `fold` makes
+    it a plain one.
+
     Example:
       >>> conv = WeightStandardizedConv(3, 8, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
       >>> bool(jnp.allclose(conv(jnp.ones((1, 5, 5, 3))), 0, atol=1e-4))
@@ -226,7 +232,11 @@ class ScaledWeightStandardizedConv(ScaledWeightStandardized, ReparametrizedConv)
       ValueError: what `Conv` raises, a `nonlinearity_gain` that is not positive, a negative
         `epsilon`, or, when called, filters of a single weight.
 
-    Use it in networks without normalization; see `jaxref.norms.nf_residual_scales`.
+    Use it in networks without normalization, with `jaxref.norms.nf_residual_scales`;
+    `WeightStandardizedConv` is for those with a norm behind it.
+
+    Cost: that of `Conv`, a gain for each output, and a mean and a variance of the kernel at each
+    call, until `fold` makes it a plain one.
 
     Example:
       >>> conv = ScaledWeightStandardizedConv(3, 2, (3, 3), rngs=nnx.Rngs(0))
@@ -261,6 +271,9 @@ class SigmaReparamConv(SigmaReparametrized, ReparametrizedConv):
 
     Use it beside `SigmaReparamLinear`, for the patches of a vision transformer. The matrix's norm
     is not that of the convolution as a map of whole images.
+
+    Cost: that of `Conv`, and four products of the kernel with a vector at each call, in evaluation
+    too, until `fold` makes it a plain one; out_features + 1 numbers of state.
 
     Example:
       >>> conv = SigmaReparamConv(3, 8, (4, 4), strides=4, padding="VALID", rngs=nnx.Rngs(0))

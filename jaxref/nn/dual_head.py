@@ -37,8 +37,13 @@ class DualHeadClassifier(nnx.Module):
     Raises:
       ValueError: another `auxiliary`, a `dropout` outside of [0, 1), or an input of the wrong size.
 
+    Use it where distillation and cross-entropy would disturb each other in one head; train it with
+    `jaxref.losses.dual_head_distillation_loss`.
+
+    Cost: (in_features + 1) · classes parameters a linear head, as many multiplications; those of
+    the auxiliary one in training alone.
+
     `train()` and `eval()` of this or any enclosing module tell dropout and batch norm which it is.
-    Train it with `jaxref.losses.dual_head_distillation_loss`.
 
     Example:
       >>> heads = DualHeadClassifier(8, 3, auxiliary="nonlinear", rngs=nnx.Rngs(0))

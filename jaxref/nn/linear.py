@@ -63,6 +63,8 @@ class Linear(nnx.Module):
     Use it in place of `flax.nnx.Linear` and `LinearGeneral` where parameters are to be sharded by
     what their axes mean.
 
+    Cost: inputs · outputs parameters, as many multiplications a row.
+
     Example:
       >>> project = Linear(8, (2, 4), axes=("embed", "heads", None), rngs=nnx.Rngs(0))
       >>> project(jnp.ones((3, 5, 8))).shape
@@ -136,6 +138,12 @@ class Embed(nnx.Module):
 
     Raises:
       TypeError: ids that are not integers.
+
+    Use it for tokens and other categories where the table is to be sharded by what its axes mean;
+    `StableEmbedding` normalises its vectors, for optimizers with states of few bits.
+
+    Cost: num_embeddings · features parameters; a row of the table read for each id, and a gradient
+    of the table's size.
 
     Example:
       >>> table = Embed(10, 4, axes=("vocabulary", "embed"), rngs=nnx.Rngs(0))

@@ -47,6 +47,9 @@ class FeatureTransformer(nnx.Module):
     Use it by itself to classify rows of mixed features, by `logits`, and so to train the embedder
     of a `ListTransformer` first.
 
+    Cost: num_layers · (4 · features · num_heads · head_dim + 12 · features²) parameters, as many
+    multiplications for each feature of a row, and attention over all pairs of its features.
+
     Example:
       >>> def embed(categorical, numerical):
       ...     return FeatureTransformer((3, 2), 4, rngs=nnx.Rngs(0))(categorical, numerical)
@@ -180,6 +183,9 @@ class ListTransformer(nnx.Module):
     Use it where members compete: train it by `jaxref.losses.profit_aware_ranking_loss` or another
     loss on lists, the embedder with it or kept as it is (`jax.lax.stop_gradient` around it, or an
     optimizer for the others' parameters alone).
+
+    Cost: num_layers · (4 · features² + 2 · features · mlp_features) parameters, as many
+    multiplications a member, attention over all pairs of a list, and the embedder for each member.
 
     Example:
       >>> def rank(numerical):

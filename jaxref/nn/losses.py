@@ -45,6 +45,12 @@ class Loss(nnx.Module):
         asks for what was not given.
       What the function raises when called.
 
+    Use it to train with a loss of `jaxref.losses` that has an argument `params` or `state`, so that
+    either is a part of the model; any other loss is called as the function that it is.
+
+    Cost: that of `function`, and the parameters or state that its `init` makes, for some losses a
+    row for each example or class.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxref.losses import adaptive_ldr_loss

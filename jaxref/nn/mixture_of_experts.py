@@ -96,6 +96,9 @@ def top_k_router(
     equally busy. A capacity makes training's shapes static and its experts' work equal; in
     evaluation, leave it out so that no token depends on the others.
 
+    Cost: a softmax and the K largest of E logits a token; with a capacity of a share of the tokens,
+    arrays `[tokens, E, capacity]` that grow with their square.
+
     Example:
       >>> routed = top_k_router(jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]])), 2)
       >>> print(routed.combine)
@@ -153,8 +156,7 @@ def mixture_of_experts_ffn(
       x: `[tokens, features]` floating point.
       params: `ExpertParameters` of E experts.
       router_output: of `top_k_router`. With a capacity, each expert sees a batch of that many
-        places. Without, the experts follow each other on all tokens: that is E / K times the work,
-        and takes no memory that grows with the square of the tokens.
+        places. Without, the experts follow each other on all tokens.
       activation: an elementwise function, the same for all experts. Default GELU.
 
     Returns:
@@ -164,7 +166,11 @@ def mixture_of_experts_ffn(
       ValueError: shapes of tokens, experts and weights that do not match.
       TypeError: `x` that is not floating point.
 
-    Use it in place of a feed-forward network, to give it more parameters at K times its work.
+    Use it in place of a feed-forward network, to give it more parameters at about K times its work;
+    `enforced_routing_mlp` where the expert is known beforehand.
+
+    Cost: with a capacity E · capacity rows of experts, and 2 · tokens · E · capacity · features
+    multiplications to send them; without, E / K times the work, in memory linear in the tokens.
 
     Example:
       >>> params = ExpertParameters(jnp.ones((2, 1, 1)), jnp.array([[[1.0]], [[10.0]]]))
@@ -203,8 +209,7 @@ def enforced_routing_mlp(
       hidden: `[batch, length, features]` floating point.
       expert_params: `ExpertParameters` of N experts.
       assignment: integer `[batch]`, or `[batch, length]` to name an expert for each token, in
-        [0, N). By sequence, each reads a copy of its expert's weights; by token, the experts
-        follow each other on all tokens, which is N times the work.
+        [0, N).
       activation: an elementwise function, the same for all experts. Default GELU.
 
     Returns:
@@ -218,6 +223,9 @@ def enforced_routing_mlp(
 
     Use it where the domain of an input is known, such as the field of a paper;
     `mixture_of_experts_ffn` where it has to be learned.
+
+    Cost: one expert's work a token and a copy of its weights for each sequence; with an assignment
+    by token, the work of all N experts on all tokens.
 
     Example:
       >>> params = ExpertParameters(jnp.ones((2, 1, 1)), jnp.array([[[1.0]], [[10.0]]]))
@@ -443,8 +451,11 @@ class MixtureOfExperts(_Experts):
     Raises:
       ValueError: a value out of its range, or an input whose last axis is not `features`.
 
-    Use it in place of `MLP` where parameters are cheap and operations are not: it has E times the
-    parameters and K times the operations.
+    Use it in place of `MLP` where parameters are cheap and operations are not; `EnforcedRoutingMoE`
+    where the domain of an input says which expert.
+
+    Cost: E times the parameters of `MLP`; in training capacity_factor · K times its work and a
+    dispatch of O(group_size²) a group, in evaluation E times its work.
 
     Example:
       >>> mixture = MixtureOfExperts(4, 8, rngs=nnx.Rngs(0))
@@ -582,6 +593,9 @@ class EnforcedRoutingMoE(_Experts):
 
     Use it to keep one encoder for several domains whose notions of similarity differ; replacing the
     sublayer of the middle layer alone has most of the effect.
+
+    Cost: N times the parameters of `MLP` at its work a token, and a copy of an expert's weights for
+    each sequence; N times the work with an assignment by token.
 
     Example:
       >>> mlp = MLP(4, 8, rngs=nnx.Rngs(0))

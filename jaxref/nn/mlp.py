@@ -48,8 +48,11 @@ class MLP(nnx.Module):
     Raises:
       ValueError: an input whose last axis is not `features`.
 
-    The gated form has three matrices: at two thirds of the hidden units it costs what the plain
-    one does.
+    Use it as the feed-forward sublayer of a block, gated for a lower loss at the same work, as the
+    paper finds; `MixtureOfExperts` for more parameters, `ScaledFusedMLP` for no activation.
+
+    Cost: 2 · features · hidden parameters, or 3 gated, as many multiplications a token: at two
+    thirds of the hidden units the gated form costs what the plain one does.
 
     Example:
       >>> mlp = MLP(4, 16, activation=jax.nn.silu, gated=True, rngs=nnx.Rngs(0))
@@ -119,7 +122,11 @@ class ScaledFusedMLP(nnx.Module):
     Raises:
       ValueError: an activation, a gate or a bias is asked for.
 
-    Use it with `norm=None` and entropy-guided attention, where nonlinearities are dear.
+    Use it with `norm=None` and `EntropyGuidedAttention`, where nonlinearities are dear, as on
+    encrypted data; `MLP` where they are not.
+
+    Cost: features² + 2 parameters, features² multiplications a token: an eighth of an `MLP` with
+    4 · features hidden units.
 
     Example:
       >>> mlp = ScaledFusedMLP(4, 16, rngs=nnx.Rngs(0))

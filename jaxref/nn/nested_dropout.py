@@ -62,6 +62,8 @@ def nested_dropout_distribution(dim: int, *, mean: float = 0.0, std: float = 100
     Use it for `nested_dropout`; feature j is trained with the probability of k ≥ j, which falls in
     j.
 
+    Cost: O(K), once.
+
     Example:
       >>> nested_dropout_distribution(3, std=2.0).tolist()
       [0.622, 0.294, 0.084]
@@ -112,6 +114,8 @@ def nested_dropout(
     Use it before the last linear layer, without bias, where labels are noisy: features that are
     rarely kept learn little, noise least of all.
 
+    Cost: elementwise, with one draw among K widths, or one for each example.
+
     Example:
       >>> print(nested_dropout(jnp.array([3.0, 2.0, 1.0]), keep=2))
       [3. 2. 0.]
@@ -159,8 +163,11 @@ def nested_logits(features: ArrayLike, kernel: ArrayLike) -> Array:
       ValueError: shapes that do not match.
       TypeError: arguments that are not floating point.
 
-    Use it to look at every width at once; it holds K times the logits, which `best_truncation` does
-    not.
+    Use it to look at every width at once; `best_truncation` finds the best without holding the
+    logits of all.
+
+    Cost: K · classes multiplications an example, those of the layer, and K times its logits in
+    memory.
 
     Example:
       >>> print(nested_logits(jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [1.0, 1.0]])))
@@ -205,8 +212,11 @@ def best_truncation(
       ValueError: shapes that do not match, or a negative `penalty`.
       TypeError: arguments of another type.
 
-    Use it after each epoch, and its width for `nested_dropout(..., keep=width)`. Memory is that of
-    the logits of one width.
+    Use it after each epoch, and its width for `nested_dropout(..., keep=width)`; `nested_logits`
+    has the logits of all widths.
+
+    Cost: K steps one after the other, K · classes multiplications an example and model in all;
+    memory of the logits of one width.
 
     Example:
       >>> x = jnp.array([[1.0, 0.0], [-1.0, 3.0]])
@@ -256,6 +266,8 @@ def bias_variance_of_predictions(predictions: ArrayLike, targets: ArrayLike) -> 
 
     Use it to see what compression of features does: it lowers the variance for a little bias, and
     the average of two models halves what variance they do not share.
+
+    Cost: two passes over the predictions, for which as many models were trained as there are draws.
 
     Example:
       >>> bias_squared, variance = bias_variance_of_predictions(jnp.array([1.0, 3.0]), 1.0)

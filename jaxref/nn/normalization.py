@@ -41,6 +41,13 @@ class Norm(nnx.Module):
       ValueError: no `init` is known for a function with a state.
       What the function raises when called.
 
+    Use it for every norm over the last axis of a model, chosen by its function. `AlphaBatchNorm`
+    and `UnMixNorm` take its place at test time; `RegionNormBasic` and `RegionNormLearnable` are for
+    the regions of an image.
+
+    Cost: that of the norm, features numbers for each parameter of its signature, and its
+    statistics, which every call in training replaces.
+
     Example:
       >>> from jaxref.norms import rms_norm
       >>> norm = Norm(rms_norm, 4)

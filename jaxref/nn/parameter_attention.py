@@ -49,7 +49,10 @@ class ParameterAttention(nnx.Module):
         `normalization`, or an input of the wrong size.
 
     Use it as the `linear` of a `MultiHeadAttention`, and for its MLP, where a model is to be scaled
-    up in training; `Linear` costs half as much.
+    up in training by `grow`; `Linear` where its size is fixed.
+
+    Cost: n · (inputs + outputs) parameters, as many multiplications a row: by default twice those
+    of a square `Linear`.
 
     Example:
       >>> axes = ("embed", "heads", None)

@@ -29,6 +29,11 @@ class QuantizedWeight(nnx.Variable):
     """A kernel in few bits: a `QTensor`, or another quantized pytree of `jaxref.quantization`.
 
     No `nnx.Param`, so that an optimizer of those leaves it alone.
+
+    Use it to tell kernels in few bits from parameters, as in `nnx.state(model, QuantizedWeight)`;
+    `QuantizedLinear` has them.
+
+    Cost: the bits of its pytree, scales included.
     """
 
 
@@ -63,7 +68,11 @@ class QuantizedLinear(nnx.Module):
       ValueError: a weight, bias or factors of another shape, unknown `activations`, or an input of
         the wrong size.
 
-    `quantize_linears` makes all of a model's.
+    Use it for inference with a trained kernel in few bits; `quantize_linears` makes all of a
+    model's. `QuantizedBitLinear` is for a `BitLinear`, trained in few bits.
+
+    Cost: `nbytes` of weights and scales, which each call reads; inputs · outputs multiplications a
+    row, and rank · (inputs + outputs) for A and B.
 
     Example:
       >>> import jax
@@ -183,7 +192,11 @@ class QuantizedBitLinear(QuantizedLinear):
     Raises:
       ValueError: what `QuantizedLinear` raises.
 
-    `quantize_linears` makes it of every `BitLinear`, whatever is done to the other layers.
+    Use it for inference with what was trained as a `BitLinear`; `quantize_linears` makes it of
+    every one, whatever is done to the other layers.
+
+    Cost: 2 bits per weight and one scale; inputs · outputs multiplications a row, in 8-bit
+    integers.
 
     Example:
       >>> linear = BitLinear(8, 16, axes=(None, None), rngs=nnx.Rngs(0))
@@ -258,6 +271,9 @@ def quantize_linears(
 
     Use it with any function of `jaxref.quantization` for kernels, and `collect_hessians` where that
     needs to know the inputs.
+
+    Cost: one call of `quantize_kernel` a layer, and with `low_rank` a singular value decomposition,
+    O(inputs · outputs · min(inputs, outputs)).
 
     Example:
       >>> from jaxref.nn import MLP

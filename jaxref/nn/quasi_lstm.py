@@ -64,6 +64,9 @@ def quasi_lstm(
     Use it where a recurrent model is wanted whose training runs in parallel over time; what it
     gives up against an LSTM (`LayerNormLSTMCell`) is gates that see the state.
 
+    Cost: O(length · heads · head_dim), elementwise, in K + length / K steps that wait for each
+    other ("block"), length ("scan") or O(log length) ("associative").
+
     Example:
       >>> logits = jnp.zeros((1, 4, 1, 1))
       >>> zero = jnp.zeros((1, 1, 1))
@@ -170,8 +173,11 @@ class QuasiLSTM(nnx.Module):
     Raises:
       What `quasi_lstm` raises when called.
 
-    Use it as a mixer over the sequence in place of attention, in time linear in its length;
-    `QuasiLSTMBlock` has it in a residual block.
+    Use it as a mixer over the sequence in place of attention, for long sequences; `QuasiLSTMBlock`
+    has it in a residual block, `LayerNormLSTMCell` is an LSTM whose gates see the state.
+
+    Cost: 5 · features · heads · head_dim parameters, as many multiplications a token;
+    2 · heads · head_dim numbers of state a sequence, however long.
 
     Example:
       >>> layer = QuasiLSTM(4, 2, 3, block_length=5, rngs=nnx.Rngs(0))
@@ -251,6 +257,9 @@ class QuasiLSTMBlock(nnx.Module):
 
     Use it for recurrent language models: embeddings times √features, N blocks, a last norm, and an
     output map of its own. The paper's smallest has 4 blocks of 512 features and 8 heads of 32.
+
+    Cost: that of `QuasiLSTM`, and 2 · features · mlp_features parameters, as many multiplications a
+    token, of the `MLP`.
 
     Example:
       >>> block = QuasiLSTMBlock(4, 16, 2, 3, num_layers=2, block_length=5, rngs=nnx.Rngs(0))

@@ -79,6 +79,9 @@ def behavior_aggregation(
 
     Use it where items' vectors come from elsewhere; `SimpleX` has tables of both.
 
+    Cost: features² multiplications a user and a pass over its K items; with attention features² for
+    each item, too.
+
     Example:
       >>> params = BehaviorAggregationParams(jnp.eye(2))
       >>> print(behavior_aggregation(jnp.array([1.0, 0.0]), jnp.eye(2), params))
@@ -133,9 +136,14 @@ class SimpleX(nnx.Module):
     Raises:
       ValueError: an unknown mode, or a number out of range.
 
-    Train it by `jaxref.losses.cosine_contrastive_loss` of the cosines with an item that the user
-    chose and with many drawn at random, which may be among the user's own; the authors do so with
-    Adam at 1e-4 and weight decay on the tables. With gamma 1 it is matrix factorization.
+    Use it where nothing is known but who chose what; `behavior_aggregation` takes items' vectors
+    from elsewhere. Train it by `jaxref.losses.cosine_contrastive_loss` of the cosines with an item
+    that the user chose and with many drawn at random, which may be among the user's own; the
+    authors do so with Adam at 1e-4 and weight decay on the tables. With gamma 1 it is matrix
+    factorization.
+
+    Cost: (num_users + num_items) · features parameters, and features² of V (twice that with
+    attention); features multiplications a score.
 
     Example:
       >>> def scores(users, history):

@@ -29,6 +29,11 @@ class RegionNormBasic(nnx.Module):
     Raises:
       What `region_norm_basic` raises, when called.
 
+    Use it in the first layers of an inpainting network, where the mask tells the hole's pixels from
+    others; `RegionNormLearnable` in those after.
+
+    Cost: 4 · features parameters; two masked norms of the whole image.
+
     Example:
       >>> norm = RegionNormBasic(3)
       >>> norm(jnp.ones((2, 8, 8, 3)), jnp.ones((2, 32, 32, 1), bool)).shape
@@ -86,6 +91,12 @@ class RegionNormLearnable(nnx.Module):
 
     Raises:
       What `region_norm_learnable` raises, when called.
+
+    Use it in the later layers of an inpainting network, where the hole is partly filled and the
+    mask says little; `RegionNormBasic` in those before.
+
+    Cost: 4 · kernel_size² + 2 parameters, however many channels; two masked norms of the whole
+    image and three convolutions to one channel.
 
     Example:
       >>> norm = RegionNormLearnable(rngs=nnx.Rngs(0))

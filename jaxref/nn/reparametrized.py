@@ -130,6 +130,9 @@ class WeightStandardizedLinear(WeightStandardized, ReparametrizedLinear):
     Use it before a `group_norm` or a `batch_channel_norm`, since the outputs have the variance of
     the sum of all inputs; `ScaledWeightStandardizedLinear` keeps the variance.
 
+    Cost: that of `Linear`, and a mean and a variance of the kernel at each call, until `fold` makes
+    it a plain one.
+
     Example:
       >>> linear = WeightStandardizedLinear(4, 2, axes=("embed", "mlp"), rngs=nnx.Rngs(0))
       >>> bool(jnp.allclose(linear(jnp.ones((3, 4))), 0, atol=1e-5))
@@ -157,7 +160,12 @@ class ScaledWeightStandardizedLinear(ScaledWeightStandardized, ReparametrizedLin
       ValueError: what `Linear` raises, a `nonlinearity_gain` that is not positive, a negative
         `epsilon`, or, when called, a layer of one input.
 
-    Use it in networks without normalization; see `jaxref.norms.nf_residual_scales`.
+    Use it in networks without normalization, with `jaxref.norms.nf_residual_scales`;
+    `WeightStandardizedLinear` is for those with a norm behind it, `WeightNormalizedLinear` does not
+    centre.
+
+    Cost: that of `Linear`, a gain for each output, and a mean and a variance of the kernel at each
+    call, until `fold` makes it a plain one.
 
     Example:
       >>> axes = ("embed", "mlp")
@@ -193,7 +201,10 @@ class SigmaReparamLinear(SigmaReparametrized, ReparametrizedLinear):
       ValueError: what `Linear` raises, or an unknown `gamma_init`.
 
     Use it as the `linear` of `MultiHeadAttention` and `MLP` where training is unstable, or to do
-    without warm-up and normalization.
+    without warm-up and normalization; `SpectralNormalizedLinear` holds the norm at 1.
+
+    Cost: that of `Linear`, and four products of the kernel with a vector at each call, in
+    evaluation too, until `fold` makes it a plain one; outputs + 1 numbers of state.
 
     Example:
       >>> linear = SigmaReparamLinear(4, 2, axes=("embed", "mlp"), rngs=nnx.Rngs(0))
@@ -221,6 +232,9 @@ class WeightNormalizedLinear(ReparametrizedLinear):
 
     Use it for the feed-forward maps of networks that may not normalise by statistics of the data;
     `SpectralNormalizedLinear` bounds the layer as a whole.
+
+    Cost: that of `Linear`, a gain for each output, and the norms of the kernel's columns at each
+    call, until `fold` makes it a plain one.
 
     Example:
       >>> linear = WeightNormalizedLinear(4, 2, axes=("embed", "mlp"), rngs=nnx.Rngs(0))
@@ -263,6 +277,9 @@ class SpectralNormalizedLinear(ReparametrizedLinear):
       ValueError: what `Linear` raises.
 
     Use it where the layer's Lipschitz constant is to be 1; `SigmaReparamLinear` learns it.
+
+    Cost: that of `Linear`, and four products of the kernel with a vector at each call, in
+    evaluation too, until `fold` makes it a plain one; outputs + 1 numbers of state.
 
     Example:
       >>> linear = SpectralNormalizedLinear(4, 2, axes=("embed", "mlp"), rngs=nnx.Rngs(0))

@@ -39,9 +39,12 @@ class CosineAdapter(nnx.Module):
     Raises:
       ValueError: an unknown kind, or a number below 1.
 
+    Use it where one threshold is to decide for all queries which of the nearest documents to keep.
     Train it by `jaxref.losses.relevance_filter_loss` on labelled pairs, with the encoders as they
-    are, and take the threshold from `jaxref.metrics.threshold_at_recall` on others. In serving it
-    is called once a query, whatever the number of documents.
+    are, and take the threshold from `jaxref.metrics.threshold_at_recall` on others.
+
+    Cost: about (features + 4) · hidden parameters and as many multiplications a query, however many
+    its documents.
 
     Example:
       >>> def relevance(query, cosine):
@@ -95,6 +98,8 @@ class DenseQuery(nnx.Module):
 
     Use it on an encoder that reads the query and the passages that it found, to write the query
     anew; `sparse_query_vector` is for an index of terms.
+
+    Cost: features² + 3 · features parameters, about as many multiplications a query.
 
     Example:
       >>> nnx.eval_shape(lambda h: DenseQuery(8, rngs=nnx.Rngs(0))(h), jnp.ones((2, 8))).shape
@@ -163,6 +168,8 @@ def sparse_query_vector(
     Use it to write a query anew for an inverted index, as learned sparse retrieval has it. Where
     too many terms stay, add the mean of `jnp.abs(v).sum(-1)` to the loss, with a weight that grows
     like the square of the step (`optax.polynomial_schedule`). `DenseQuery` is for dense retrieval.
+
+    Cost: one pass over the positions · vocabulary logits, all of which the model has to make.
 
     Example:
       >>> logits = jnp.array([[3.0, -1.0, 0.0, 9.0], [1.0, -2.0, 4.0, 0.0]])

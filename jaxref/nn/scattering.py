@@ -51,7 +51,11 @@ def morlet_filter_bank(height: int, width: int, *, J: int, L: int) -> MorletFilt
     Raises:
       ValueError: a size below 1.
 
-    Use it to look at the filters; `scattering_transform` makes its own.
+    Use it for the wavelets of another transform, or to look at them; `scattering_transform` makes
+    its own.
+
+    Cost: 25 · height · width values for each of 2 · J · L + 1 waves, on the host; the filters of 16
+    sizes are kept.
 
     Example:
       >>> filters = morlet_filter_bank(16, 16, J=2, L=4)
@@ -105,6 +109,11 @@ def scattering_channels(J: int, L: int, *, max_order: int = 2) -> int:
     Raises:
       ValueError: an argument out of its range.
 
+    Use it to size the layer that reads what `scattering_transform` gives, and to choose J, L and
+    the order by it.
+
+    Cost: one formula.
+
     Example:
       >>> scattering_channels(2, 16)
       289
@@ -144,7 +153,9 @@ def scattering_transform(images: ArrayLike, *, J: int = 2, L: int = 8, max_order
       TypeError: images that are not floating point.
 
     Use it as the fixed first layers of a network for few images; `jaxref.models.ScatSimCLR` is one.
-    The first wavelets are taken angle by angle, so that memory is that of L images at a time.
+
+    Cost: no parameters; Fourier transforms of J · L + L² · J (J - 1) / 2 maps a channel, O(N log N)
+    each for N pixels; memory of L images at a time.
 
     Example:
       >>> transform = jax.jit(lambda x: scattering_transform(x, J=1, L=4))

@@ -30,6 +30,9 @@ class SentenceEmbeddingHead(nnx.Module):
     Use it in training alone, with `jaxref.losses.sentence_embedding_regression_loss`, or give its
     `projection` to `jaxref.losses.captioning_multitask_loss`; inference does without.
 
+    Cost: (features + 1) · embedding_dim parameters, as many multiplications a sequence, and a pass
+    over the states.
+
     Example:
       >>> head = SentenceEmbeddingHead(8, 4, rngs=nnx.Rngs(0))
       >>> head(jnp.ones((2, 5, 8))).shape

@@ -26,6 +26,8 @@ class CausalActivation(nnx.Module):
     Use it as the `activation` of an `MLP` that sees `[..., tokens, features]`, whose hidden units
     then see two tokens each: an elementwise activation sees one.
 
+    Cost: no parameters; elementwise, and with a context a sum over the tokens.
+
     Example:
       >>> import jax.numpy as jnp
       >>> print(CausalActivation()(jnp.array([[3.0], [1.0], [2.0]])).ravel())

@@ -40,6 +40,9 @@ class AlphaBatchNorm(nnx.Module):
     Use it on a whole model with `nnx.recursive_map`, before `jaxref.adaptation.core_adapt_step` or
     alone; `UnMixNorm` where neighbours in the stream are of one class.
 
+    Cost: the mean and the variance of each batch at every call, as of `jaxref.norms.batch_norm` in
+    training; no state besides the norm's own.
+
     Example:
       >>> model = nnx.List([Norm(batch_norm, 3), Norm(batch_norm, 3)])
       >>> swap = lambda path, node: AlphaBatchNorm(node) if isinstance(node, Norm) else node
@@ -92,6 +95,9 @@ class UnMixNorm(nnx.Module):
 
     Use it on a whole model with `nnx.recursive_map`, where the stream comes sorted or in small
     batches; `AlphaBatchNorm` needs no state where it does not.
+
+    Cost: the moments of each example, arrays `[batch, num_components, features]`, and
+    2 · num_components · features numbers of state.
 
     Example:
       >>> import jax.numpy as jnp

@@ -60,9 +60,11 @@ class EntropyGuidedAttention(MultiHeadAttention):
     Raises:
       ValueError: as `MultiHeadAttention`; more positions than `max_length`; a number out of range.
 
-    Use it in a transformer with few nonlinearities, whose early heads see all tokens alike. The
-    regularizer forms the weights, which plain attention does not: set `coefficient` to 0 where
-    memory is short.
+    Use it in a transformer with few nonlinearities, whose early heads see all tokens alike;
+    `MultiHeadAttention` where norms and activations are at hand.
+
+    Cost: that of `MultiHeadAttention` and num_heads · (max_length + 1) parameters; in training the
+    regularizer forms all weights of a head, which a `coefficient` of 0 spares.
 
     Example:
       >>> attend = EntropyGuidedAttention(8, 2, max_length=5, rngs=nnx.Rngs(0))
@@ -144,8 +146,11 @@ class ThirdOrderAttention(nnx.Module):
       ValueError: `num_heads` does not divide `features`, or an argument that has no meaning here:
         grouped heads, rotary positions, biases by position, a norm of query and key.
 
-    A token sees what depends on three tokens at once, which takes several layers of plain
-    attention; the time grows with the cube of the length.
+    Use it where what matters about a token shows in three tokens at once, which takes several
+    layers of `MultiHeadAttention`, and sequences are short.
+
+    Cost: 6 · features² parameters, as many multiplications a token; O(length³ · features) time for
+    the pairs; a cache of twice the size when generating.
 
     Example:
       >>> attend = ThirdOrderAttention(8, 2, rngs=nnx.Rngs(0))
@@ -258,8 +263,11 @@ class CausalGenerationMixer(nnx.Module):
       ValueError: an unknown `reduction` or `context`, an argument that has no meaning here, or,
         when called, a mask between tokens or a call that is not causal.
 
-    Half the parameters of attention and a cost that grows with the length alone; a stack of L sees
-    L tokens back, and with a context all of them, on average.
+    Use it in place of `MultiHeadAttention` where speed and size matter more than looking far back:
+    a stack of L sees L tokens back, and with a context all of them, on average.
+
+    Cost: 2 · features² parameters, half of attention's, as many multiplications a token, and
+    nothing for pairs; in generation the state of a token, however many came before.
 
     Example:
       >>> mix = CausalGenerationMixer(8, rngs=nnx.Rngs(0))

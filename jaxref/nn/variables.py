@@ -9,6 +9,11 @@ class GradientState(nnx.Variable):
     The norms that have such state say so in `backward_fields` of their state. A training step
     differentiates with respect to it beside the parameters, and stores the gradient in its place;
     `jaxref.train` does. In evaluation it is not read.
+
+    Use it for statistics that only the backward pass knows; `nnx.BatchStat` is for those of the
+    forward pass, `AuxiliaryLoss` for what is to be minimised.
+
+    Cost: a gradient of the size of the state in every step of training.
     """
 
 
@@ -17,4 +22,9 @@ class AuxiliaryLoss(nnx.Variable):
 
     The weight is in it already. A training step takes the sum of a model's after the call, inside
     of the function that it differentiates; `jaxref.train` does. It is no part of a checkpoint.
+
+    Use it in a module that has something to be minimised beside the loss, as the balance of
+    `MixtureOfExperts`; `GradientState` is for statistics.
+
+    Cost: one scalar.
     """
