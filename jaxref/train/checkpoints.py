@@ -27,10 +27,13 @@ from jax.experimental.multihost_utils import process_allgather
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from jaxref.core.checks import check_interval
-from jaxref.train.places import place
+from jaxref.train.places import move, place
 
 _NO_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError, ConnectionError, TimeoutError)
-_NO_DAMAGE_SAYS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "PERMISSION_DENIED")
+_NO_DAMAGE_SAYS = (
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "PERMISSION_DENIED"),
+    "endpoint URL",  # of every failed connection to S3
+)
 
 
 class CheckpointError(RuntimeError):
@@ -45,7 +48,8 @@ class Checkpoints:
     is writing, and a directory in use can be read.
 
     Args:
-      directory: where the checkpoints are; created when absent. A path, or `gs://BUCKET/PATH`.
+      directory: where the checkpoints are; created when absent. A path, or an address in
+        an object store, `gs://BUCKET/PATH` or `s3://BUCKET/PATH`.
       keep: how many of the newest to keep, at least 1; older ones are deleted once a newer one is
         complete. Default 3.
       keep_every: the checkpoints of steps that this divides are kept for ever. Default 0: none.
@@ -303,7 +307,7 @@ class Checkpoints:
                 name = f"damaged-{step}"
                 while name in taken:  # the same step may have been damaged before
                     name += "-again"
-                (self.directory / str(step)).rename(self.directory / name)
+                move(self.directory / str(step), self.directory / name)
         _first_of_any_process(None)  # nobody looks before the directories have moved
         self._manager.reload()
 
@@ -326,7 +330,14 @@ class Checkpoints:
 
 
 def has_checkpoint(directory: epath.Path) -> bool:
-    """Whether a directory has a checkpoint, complete or damaged; not one that is half written."""
+    """Whether a directory has a checkpoint, complete or damaged; not one that is half written.
+
+    Args:
+      directory: as of `Checkpoints`; it need not exist.
+
+    Returns:
+      True or False.
+    """
     return any(
         path.name.removeprefix("damaged-").isdigit() and not ocp.utils.is_tmp_checkpoint(path)
         for path in directory.glob("*")

@@ -1,245 +1,48 @@
-"""Runs whose working directory is in an object store: a server on this machine that speaks as much
-of Google Cloud Storage's JSON API as orbax, tensorstore and gcsfs ask for. Its objects are whole,
-listed by prefix, and cannot be renamed or appended to."""
+"""Runs whose working directory is in an object store."""
 
-import base64
-import hashlib
+import functools
 import importlib.util
-import itertools
 import json
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
-import fsspec
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils.epath.backend import fsspec_backend
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from jaxref.train.checkpoints import CheckpointError, Checkpoints
 from jaxref.train.places import place
 from jaxref.train.records import Records, check_config, open_workdir, read_metrics, read_starts
-
-if importlib.util.find_spec("gcsfs") is None:
-    pytest.skip("gcsfs is not installed", allow_module_level=True)
+from tests.train.object_store import Store
 
 
-class Store(ThreadingHTTPServer):
-    """A server of objects.
-
-    Attributes:
-      objects: data and generation of each, by "BUCKET/NAME".
-      changes: every object that was written, with its data, or deleted, with None, in this order.
-      refused: a pattern of the names that may not be written, or None.
-      environment: with which the clients find the server, and look for no credentials.
-    """
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.objects = {}
-        self.changes = []
-        self.refused = None
-        self.lock = threading.Lock()
-        self.generations = itertools.count(1)
-        self.uploads = {}
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.environment = {
-            "TENSORSTORE_GCS_HTTP_URL": self.url,
-            "STORAGE_EMULATOR_HOST": self.url,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-            "NO_GCE_CHECK": "true",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
-
-    def handle_error(self, request, client_address):
-        """Clients leave when another of their requests was quicker."""
-
-    def put(self, key, data):
-        self.changes.append((key, data))
-        self.objects[key] = (data, next(self.generations))
-
-    def delete(self, key):
-        self.changes.append((key, None))
-        del self.objects[key]
-
-    def below(self, address):
-        """The objects whose names start with `gs://BUCKET/.../`, by the rest of it."""
-        start = address.removeprefix("gs://") + "/"
-        return {
-            name.removeprefix(start): data
-            for name, (data, _) in sorted(self.objects.items())
-            if name.startswith(start)
-        }
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # an answer in one packet: in two, the second waits for the first to be noticed
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.respond()
-
-    do_POST = do_PUT = do_DELETE = do_GET
-
-    def respond(self):
-        length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length) if length else b""
-        url = urlsplit(self.path)
-        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        with self.server.lock:
-            status, headers, content = self.answer(self.command, url.path, query, body)
-        if not isinstance(content, bytes):
-            content = json.dumps(content).encode()
-            headers = {"Content-Type": "application/json", **headers}
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def answer(self, method, path, query, body):
-        """Status, headers and content; the paths are those of the JSON API."""
-        if path == "/batch/storage/v1":
-            return self.batch(body)
-        if path.startswith("/upload/"):
-            return self.upload(method, path, query, body)
-        match = re.fullmatch(
-            r"(?:/download)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?)?"
-            r"(?:/(rewriteTo|moveTo)(?:/b/([^/]+))?/o/(.+))?",
-            path,
-        )
-        if match is None:
-            return 501, {}, {"error": {"code": 501, "message": f"{method} {path}"}}
-        bucket, name, how, to_bucket, to_name = (part and unquote(part) for part in match.groups())
-        key = f"{bucket}/{name}"
-        objects = self.server.objects
-        if name is None:
-            return self.list(bucket, query) if path.endswith("/o") else (200, {}, {"name": bucket})
-        if key not in objects:
-            return 404, {}, {"error": {"code": 404, "message": f"No such object: {key}"}}
-        data, generation = objects[key]
-        if method == "DELETE":
-            self.server.delete(key)
-            return 204, {}, b""
-        if how is not None:
-            to = f"{to_bucket or bucket}/{to_name}"
-            self.server.put(to, data)
-            if how == "moveTo":
-                self.server.delete(key)
-                return 200, {}, self.resource(to)
-            return 200, {}, {"done": True, "resource": self.resource(to)}
-        if query.get("alt") != "media":
-            return 200, {}, self.resource(key)
-        if query.get("ifGenerationNotMatch") == str(generation):
-            return 304, {}, b""
-        headers = {"x-goog-generation": str(generation), "Content-Type": "application/octet-stream"}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted is None:
-            return 200, headers, data
-        start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-        if start >= len(data):
-            return 416, headers, b""
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-        return 206, headers, data[start : end + 1]
-
-    def list(self, bucket, query):
-        prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
-        found, below = [], set()
-        for key in sorted(self.server.objects):
-            name = key.removeprefix(f"{bucket}/")
-            if key == name or not name.startswith(prefix):
-                continue
-            head, separator, _ = name[len(prefix) :].partition(delimiter or "\0")
-            if delimiter and separator:
-                below.add(prefix + head + separator)
-            else:
-                found.append(self.resource(key))
-        return 200, {}, {"kind": "storage#objects", "items": found, "prefixes": sorted(below)}
-
-    def upload(self, method, path, query, body):
-        bucket = unquote(path.split("/")[5])
-        if query["uploadType"] == "resumable":
-            if method == "POST" and "upload_id" not in query:
-                number = str(len(self.server.uploads))
-                self.server.uploads[number] = (f"{bucket}/{query['name']}", bytearray())
-                url = f"{self.server.url}{path}?uploadType=resumable&upload_id={number}"
-                return 200, {"Location": url}, {}
-            key, data = self.server.uploads[query["upload_id"]]
-            data += body
-            total = self.headers.get("Content-Range", "/0").rpartition("/")[2]
-            if total == "*" or len(data) < int(total):
-                return 308, {"Range": f"bytes=0-{len(data) - 1}"}, b""
-            return self.written(key, bytes(data), query)
-        if query["uploadType"] == "multipart":
-            boundary = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
-            _, description, content, _ = re.split(rb"\r?\n?--" + re.escape(boundary), body)
-            name = json.loads(re.split(rb"\r?\n\r?\n", description, maxsplit=1)[1])["name"]
-            body = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[1]
-            return self.written(f"{bucket}/{name}", body, query)
-        return self.written(f"{bucket}/{query['name']}", body, query)
-
-    def written(self, key, data, query):
-        if self.server.refused and re.search(self.server.refused, key):
-            return 403, {}, {"error": {"code": 403, "message": f"no writing of {key}"}}
-        _, generation = self.server.objects.get(key, (b"", 0))
-        if query.get("ifGenerationMatch", str(generation)) != str(generation):
-            return 412, {}, {"error": {"code": 412, "message": "the generation is another"}}
-        self.server.put(key, data)
-        return 200, {}, self.resource(key)
-
-    def resource(self, key):
-        data, generation = self.server.objects[key]
-        bucket, _, name = key.partition("/")
-        return {
-            "kind": "storage#object",
-            "name": name,
-            "bucket": bucket,
-            "generation": str(generation),
-            "metageneration": "1",
-            "size": str(len(data)),
-            "md5Hash": base64.b64encode(hashlib.md5(data).digest()).decode(),
-            "timeCreated": "2026-01-01T00:00:00.000Z",
-            "updated": "2026-01-01T00:00:00.000Z",
-        }
-
-    def batch(self, body):
-        boundary = "answers"
-        parts = []
-        for path in re.findall(rb"DELETE (\S+) HTTP", body):
-            status, _, _ = self.answer("DELETE", path.decode(), {}, b"")
-            parts.append(
-                f"--{boundary}\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 {status} x\r\n\r\n"
-            )
-        content = "".join(parts) + f"--{boundary}--"
-        return 200, {"Content-Type": f"multipart/mixed; boundary={boundary}"}, content.encode()
-
-
-@pytest.fixture(scope="module")
-def store():
-    store = Store()
+@functools.cache
+def server(scheme):
+    """One for all tests of a process: the clients stay with the first that they meet."""
+    store = Store(scheme)
     threading.Thread(target=store.serve_forever, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in store.environment.items():
-            patch.setenv(name, value)
-        yield store
-    store.shutdown()
+    return store
+
+
+@pytest.fixture(params=["gs", "s3"])
+def store(request, monkeypatch):
+    pytest.importorskip({"gs": "gcsfs", "s3": "s3fs"}[request.param])
+    store = server(request.param)
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    yield store
+    store.refused = None
 
 
 @pytest.fixture
 def address(store, request):
     """A place that no other test has looked at: the clients keep what they have listed."""
-    yield f"gs://bucket/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}"
-    store.refused = None
+    return f"{store.scheme}://bucket/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}"
 
 
 def batches():
@@ -277,15 +80,32 @@ class TestPlace:
         assert str(place("~/a")) == "/home/someone/a"
 
     def test_another_store_is_refused_and_what_would_do_is_said(self):
-        with pytest.raises(ValueError, match=r"'s3://bucket/run' is no place .* gs://BUCKET/PATH"):
-            place("s3://bucket/run")
+        with pytest.raises(
+            ValueError, match=r"'az://bucket/run' is no place .* gs://BUCKET/PATH and s3://BUCKET"
+        ):
+            place("az://bucket/run")
         with pytest.raises(ValueError, match="no place"):
-            Checkpoints("s3://bucket/run")
+            Checkpoints("az://bucket/run")
 
-    def test_a_missing_package_is_named_with_its_extra(self, monkeypatch):
+    @pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
+    def test_a_missing_package_is_named_with_its_extra(self, scheme, package, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ValueError, match=r"pip install 'jaxref\[remote\]'"):
-            place("gs://bucket/run")
+        with pytest.raises(ValueError, match=rf"{package}: pip install 'jaxref\[remote\]'"):
+            place(f"{scheme}://bucket/run")
+
+    def test_the_server_of_amazon_s3_is_that_of_the_environment(self, monkeypatch):
+        pytest.importorskip("s3fs")
+        for name in server("s3").environment:
+            monkeypatch.delenv(name, raising=False)
+        place("s3://bucket/run")
+        build = tensorstore_utils.build_kvstore_tspec
+        of_amazon = {"driver": "s3", "bucket": "bucket", "path": "run/1"}
+        assert build("s3://bucket/run/1")["base"] == of_amazon
+        assert build("s3://bucket/run/1", use_ocdbt=False) == of_amazon
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://server")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "here")
+        expected = {**of_amazon, "endpoint": "http://server", "aws_region": "here"}
+        assert build("s3://bucket/run/1")["base"] == expected
 
 
 class TestCheckpoints:
@@ -302,7 +122,7 @@ class TestCheckpoints:
     @pytest.mark.slow
     def test_whenever_a_process_is_killed_a_complete_one_is_restored(self, store, address):
         """The store as it was after each single change, to which another process comes."""
-        bucket = address.removeprefix("gs://")
+        bucket = store.key(address)
         before = len(store.changes)
         with Checkpoints(address, keep=1) as checkpoints:
             save(checkpoints, 1, 2)
@@ -312,15 +132,18 @@ class TestCheckpoints:
             copy = f"{bucket}-{moment}"
             for name, data in changes[:moment]:
                 store.delete(copy + name) if data is None else store.put(copy + name, data)
-            with Checkpoints(f"gs://{copy}") as checkpoints:
+            with Checkpoints(f"{store.scheme}://{copy}") as checkpoints:
                 latest = checkpoints.latest_step()
                 assert latest == (None if latest is None else restored(checkpoints))
             if moment % 10 == 5:  # and it goes on from there
-                with Checkpoints(f"gs://{copy}") as checkpoints:
+                with Checkpoints(f"{store.scheme}://{copy}") as checkpoints:
                     save(checkpoints, 3)
-                with Checkpoints(f"gs://{copy}") as checkpoints:
+                with Checkpoints(f"{store.scheme}://{copy}") as checkpoints:
                     assert restored(checkpoints) == 3
-                    steps = {int(name.partition("/")[0]) for name in store.below(f"gs://{copy}")}
+                    steps = {
+                        int(name.partition("/")[0])
+                        for name in store.below(f"{store.scheme}://{copy}")
+                    }
                     assert steps == set(checkpoints.all_steps())  # what was unfinished is deleted
             seen.append(latest)
         assert seen == sorted(seen, key=lambda step: step or 0)
@@ -331,7 +154,7 @@ class TestCheckpoints:
             save(checkpoints, 1, 2, 3, 4)
         for part in ("2/manifest/metadata", "3/state/manifest.ocdbt", "4/state/d/"):
             (name,) = (name for name in store.below(address) if name.startswith(part))
-            key = f"{address.removeprefix('gs://')}/{name}"
+            key = f"{store.key(address)}/{name}"
             data = bytearray(store.objects[key][0])
             data[len(data) // 2] ^= 8
             store.put(key, bytes(data))
@@ -358,13 +181,15 @@ class TestCheckpoints:
             assert restored(checkpoints) == 2
 
     def test_a_connection_that_is_lost_is_no_damage(self, store, address, monkeypatch):
+        says = {"gs": "UNAVAILABLE: Error opening", "s3": "Could not connect to the endpoint URL"}
+
         def fail(*args, **kwargs):
-            raise ValueError("UNAVAILABLE: Error opening kvstore")
+            raise ValueError(says[store.scheme])
 
         with Checkpoints(address) as checkpoints:
             save(checkpoints, 1, 2)
             monkeypatch.setattr(checkpoints._manager, "restore", fail)
-            with pytest.raises(ValueError, match="UNAVAILABLE"):
+            with pytest.raises(ValueError, match=says[store.scheme]):
                 checkpoints.restore(state_at(0), batches())
         assert {name.partition("/")[0] for name in store.below(address)} == {"1", "2"}
 
@@ -393,7 +218,7 @@ class TestRecords:
         with pytest.raises(ValueError, match="steps: workdir has 3, you asked for 4"):
             check_config(address, {"steps": 4})
         store.refused = "."
-        with pytest.raises(OSError, match=r"(?s)cannot be written .*--workdir: 'gs://bucket/"):
+        with pytest.raises(OSError, match=r"(?s)cannot be written .*--workdir: '..://bucket/"):
             open_workdir(address)
 
 
@@ -411,7 +236,7 @@ def test_the_whole_program(store, address, call, arguments, monkeypatch):
     assert f"Working directory: {address}" in out
     objects = store.below(address)
     assert json.loads(objects["config.json"])["steps"] == 4
-    root = f"{address.removeprefix('gs://')}/"
+    root = f"{store.key(address)}/"
     moments = {name.removeprefix(root): i for i, (name, _) in enumerate(store.changes)}
     before = [
         data
@@ -446,7 +271,7 @@ def test_the_whole_program(store, address, call, arguments, monkeypatch):
     for name in objects:
         if name.startswith(("checkpoints/4/", "sample.txt")):
             store.delete(root + name)
-    fsspec.filesystem("gcs", finalize_on_close=True).invalidate_cache()  # of a process before
+    fsspec_backend.fs(address).invalidate_cache()  # of a process before
     assert "Continuing after step 2" in call(*command)[1]
     assert store.below(address)["sample.txt"].decode() == text
     assert [row["step"] for row in read_metrics(address)] == [1, 2, 3, 4]
