@@ -33,7 +33,46 @@ from jaxref.analysis.dynamics.training_stability import (
     log_z,
     max_attention_logit,
 )
+from jaxref.analysis.landscape.batch_hessian import (
+    LearningRateAndMomentum,
+    batch_gauss_newton_top_eigenvalue,
+    batch_hessian_top_eigenvalue,
+    estimate_hessian_variance,
+    lanczos_learning_rate_and_momentum,
+    maximal_learning_rate,
+    scale_learning_rate,
+)
+from jaxref.analysis.landscape.lanczos import (
+    SpectrumResult,
+    stochastic_lanczos,
+)
 from jaxref.analysis.landscape.logit_sharpness import logit_sharpness
+from jaxref.analysis.landscape.sample_size import (
+    gauss_newton_hessian_norm,
+    loss_difference_bound,
+    loss_difference_curve,
+    relu_network_hessian_bound,
+    sufficient_sample_size,
+)
+from jaxref.analysis.landscape.sgd_stability import (
+    CoherenceResult,
+    hessian_coherence,
+    linearized_sgd_growth_rate,
+    sgd_instability_threshold,
+    sgd_stability_boundary,
+    simulate_linearized_sgd,
+)
+from jaxref.analysis.landscape.visualization import (
+    CurvatureRatio,
+    LandscapeGrid,
+    TrajectoryPlane,
+    curvature_ratio,
+    loss_line,
+    loss_plane,
+    plot_landscape,
+    random_direction,
+    trajectory_pca_directions,
+)
 from jaxref.analysis.representations.contrast import (
     penalty_entropy,
     relative_penalty,
@@ -88,6 +127,24 @@ __all__ = [
     "loss_spike_score",
     "divergence_rate",
     "logit_sharpness",
+    "stochastic_lanczos",
+    "SpectrumResult",
+    "random_direction",
+    "loss_line",
+    "loss_plane",
+    "LandscapeGrid",
+    "trajectory_pca_directions",
+    "TrajectoryPlane",
+    "curvature_ratio",
+    "CurvatureRatio",
+    "plot_landscape",
+    "batch_hessian_top_eigenvalue",
+    "batch_gauss_newton_top_eigenvalue",
+    "maximal_learning_rate",
+    "scale_learning_rate",
+    "estimate_hessian_variance",
+    "lanczos_learning_rate_and_momentum",
+    "LearningRateAndMomentum",
     "WassersteinDependency",
     "exact_wasserstein_dependency",
     "mutual_information",
@@ -104,4 +161,15 @@ __all__ = [
     "pretraining_value_report",
     "translation_alignment_score",
     "ValueReport",
+    "hessian_coherence",
+    "CoherenceResult",
+    "linearized_sgd_growth_rate",
+    "sgd_instability_threshold",
+    "sgd_stability_boundary",
+    "simulate_linearized_sgd",
+    "loss_difference_curve",
+    "sufficient_sample_size",
+    "relu_network_hessian_bound",
+    "loss_difference_bound",
+    "gauss_newton_hessian_norm",
 ]
