@@ -168,7 +168,7 @@ def plot_alignment(
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(0, max(1.0, panels[0].get_ylim()[1]))
     panels[1].set_xlabel("step")
-    panels[0].legend(frameon=False, loc="lower right")
+    panels[0].legend(frameon=False, loc="upper left")
     figure.suptitle(
         f"{reward}: {before['reward']:.0%} before, {after['reward']:.0%} after, on held-out prompts"
     )
