@@ -29,6 +29,13 @@ FEWER_STEPS = {
         "temperatures = (0.1, 0.2, 0.3, 0.5, 1.0)": "temperatures = (0.1,)",
         "devices = (1, 2, 4, 8)": "devices = (1, 4)",
     },
+    "landscape": {
+        "epochs, seeds = 60, 5": "epochs, seeds = 2, 2",
+        "blocks = 100": "blocks = 3",
+        "num_steps=40, num_probes=4": "num_steps=4, num_probes=1",
+        "ticks = jnp.linspace(-1, 1, 25)": "ticks = jnp.linspace(-1, 1, 3)",
+        "(low.min(), high.max(), 31)": "(low.min(), high.max(), 3)",
+    },
     "losses": {"seeds=5": "seeds=2", "steps=600": "steps=20"},
     "method": {
         "steps, seeds = 600, jnp.arange(3)": "steps, seeds = 20, jnp.arange(1)",
