@@ -9,6 +9,7 @@ In a file system a checkpoint is written beside its place and appears by being r
 store cannot rename: there it appears with `commit_success.txt`, which is written last.
 """
 
+import contextlib
 import json
 import zlib
 from collections import defaultdict
@@ -313,7 +314,9 @@ class Checkpoints:
 
     def _failure(self, error: Exception) -> CheckpointError:
         """The error to raise for a save that failed; its unfinished directory gives way."""
-        self._delete_unfinished()
+        with contextlib.suppress(OSError):  # other writers of this save may still be at it
+            self._unfinished_may_remain = True
+            self._delete_unfinished()
         self._manager.reload()
         intact = self.latest_step()
         return CheckpointError(
