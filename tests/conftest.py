@@ -23,14 +23,9 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # The CPU's newer emitters take twice the time to compile, and hardly less to run what tests run.
-# Eight devices share two busy cores: one of them may be late by more than the 40 seconds after which
-# the others would end the process. The flags are read at the first compilation; the TPU's compiler
-# does not know them and reads later.
+# The flag is read at the first compilation; the TPU's compiler does not know it and reads later.
 _flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = (
-    f"{_flags} --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
+os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_use_fusion_emitters=false"
 jax.jit(lambda: 0)()
 os.environ["XLA_FLAGS"] = _flags
 

@@ -162,7 +162,8 @@ def resolve(
 def from_json(text: str) -> ConfigDict:
     """The configuration that `config.json` of a working directory holds.
 
-    Sections that it does not have, being older, are the main job's.
+    Sections that it does not have, being older, are the main job's, and so is what is missing in
+    sections that are no components: those have the arguments of their function.
 
     Args:
       text: the JSON.
@@ -182,6 +183,9 @@ def from_json(text: str) -> ConfigDict:
     for key, value in get_config().items():
         if key not in config:
             config[key] = value
+        elif isinstance(value, ConfigDict) and key not in ROOMS and key not in FREE_KEYS:
+            for name in set(value) - set(config[key]):
+                config[key][name] = value[name]
     return config
 
 

@@ -54,7 +54,9 @@ def unlearn(config: ConfigDict, workdir: Path) -> None:
 
     The directory `unlearned/NAME` of the run then holds a run of its own, with unlearning.png;
     started again, it continues. With `unlearn.retrained`, the directory of a run that never saw
-    the files (`data.exclude`), it ends as soon as it knows as little of them as that.
+    the files (`data.exclude`), it ends as soon as it knows as little of them as that, and the
+    rest's loss is within `unlearn.retain_within` of what it was; that part does not count for a
+    method that would not get the rest back.
 
     Raises:
       ConfigError: a configuration that does not go together.
@@ -65,6 +67,7 @@ def unlearn(config: ConfigDict, workdir: Path) -> None:
     options = config.unlearn
     check_interval(1, jnp.inf, **{"unlearn.steps": options.steps})
     check_interval(1, jnp.inf, **{"unlearn.measure_every": options.measure_every})
+    check_interval(0, jnp.inf, **{"unlearn.retain_within": options.retain_within})
     if not options.files or config.data.exclude:
         raise ConfigError(
             "--mode=unlearn takes the files unlearn.files, a pattern such as json/*.py, out of a "
@@ -107,6 +110,7 @@ def unlearn(config: ConfigDict, workdir: Path) -> None:
     if options.retrained:
         program, state = reference(config, place(options.retrained))
         retrained = measure.all(program, state.params, state.model_state)
+    before = measure.all(run.program, run.start.params, run.start.model_state)
     sampled = _Windows(config, forget), _Windows(config, retain)
 
     def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, float], bool]:
@@ -120,10 +124,11 @@ def unlearn(config: ConfigDict, workdir: Path) -> None:
         if step % options.measure_every == 0 or step == options.steps:
             for name in ("forget", "retain"):
                 values[name] = measure.loss(run.program, state.params, state.model_state, name)
-            enough = retrained is not None and values["forget"] >= retrained.forget
+            forgotten = retrained is not None and values["forget"] >= retrained.forget
+            retained = values["retain"] <= (1 + options.retain_within) * before.retain
+            enough = forgotten and (retained or not method.retains)
         return state, values, enough
 
-    before = measure.all(run.program, run.start.params, run.start.model_state)
     if not run.run(advance, shown=("loss",)):
         print(f"Terminated and saved in {run.workdir}. The same command continues.")
         return
@@ -192,11 +197,12 @@ class _Measure:
 
     def loss(self, program: Program, params: Params, model_state: ModelState, name: str) -> float:
         """The mean cross-entropy of a part."""
-        sums = [
-            program.evaluate(params, program.put(batch), model_state)
-            for batch in self._batches[name]
-        ]
-        return float(sum(x.loss for x in sums)) / float(sum(x.examples for x in sums))
+        loss = examples = 0.0
+        for batch in self._batches[name]:
+            # one by one: virtual devices that add up while others still exchange can block them
+            sums = program.evaluate(params, program.put(batch), model_state)
+            loss, examples = loss + float(sums.loss), examples + float(sums.examples)
+        return loss / examples
 
     def all(self, program: Program, params: Params, model_state: ModelState) -> Measurement:
         """Everything."""

@@ -28,10 +28,13 @@ class Unlearning(NamedTuple):
       loss: `loss(model, forget, retain, key)`, as above.
       keep_fraction: the share of weights, those that the text to forget moves most, that are
         trained.
+      retains: whether the loss has a part of what is to be retained, so that what is lost of that
+        on the way comes back.
     """
 
     loss: Callable[[Any, Batch, Batch, Array], Array]
     keep_fraction: float = 1.0
+    retains: bool = True
 
 
 def gradient_ascent(*, retain_weight: float = 10.0) -> Unlearning:
@@ -42,7 +45,7 @@ def gradient_ascent(*, retain_weight: float = 10.0) -> Unlearning:
         kept = jnp.mean(token_cross_entropy(model, retain))
         return retain_weight * kept - jnp.mean(token_cross_entropy(model, forget))
 
-    return Unlearning(loss)
+    return Unlearning(loss, retains=retain_weight > 0)
 
 
 def salun(
@@ -59,7 +62,7 @@ def salun(
         forgotten = _forgetting(model, forget, forget_by, key)
         return jnp.mean(forgotten) + retain_weight * jnp.mean(token_cross_entropy(model, retain))
 
-    return Unlearning(loss, keep_fraction)
+    return Unlearning(loss, keep_fraction, retains=retain_weight > 0)
 
 
 def loreun(
@@ -81,19 +84,25 @@ def loreun(
             forgotten, kept, known, temperature=temperature, retain_weight=retain_weight
         )
 
-    return Unlearning(loss, keep_fraction)
+    return Unlearning(loss, keep_fraction, retains=retain_weight > 0)
 
 
 def flat(
     *,
-    divergence: FlatDivergence = "total_variation",
+    divergence: FlatDivergence = "jensen_shannon",
     template: str = "# This text is not available.\n",
-    prompt_share: float = 0.5,
+    prompt_share: float = 0.2,
     retain_weight: float = 0.0,
 ) -> Unlearning:
     """FLAT: after the first part of each sequence to forget, a template in the place of the rest
-    (`jaxref.adaptation.flat_loss_of_log_probs`). It does not need what is to be retained; with a
-    weight for it, texts that are much alike are kept apart."""
+    (`jaxref.adaptation.flat_loss_of_log_probs`).
+
+    It does not read what is to be retained, and keeps it where that is another kind of text, at a
+    learning rate of a few thousandths of the training's. Texts that are much alike need a
+    `retain_weight`, which is not the paper's. Jensen-Shannon weighs forgetting, sigmoid(P_f), above
+    the template, sigmoid(-P_e), and costs the rest less than total variation, which weighs them
+    alike.
+    """
     check_interval(0, 1, closed="neither", prompt_share=prompt_share)
     answer = np.frombuffer(template.encode(), np.uint8).astype(np.int32)
     if answer.size == 0:
@@ -122,7 +131,7 @@ def flat(
             value += retain_weight * jnp.mean(token_cross_entropy(model, retain))
         return value
 
-    return Unlearning(loss)
+    return Unlearning(loss, retains=retain_weight > 0)
 
 
 def _check_forget_by(forget_by: str) -> None:

@@ -333,6 +333,14 @@ class TestJson:
         changed = with_overrides(again, ["model.query_key_norm.name=rms_norm", "steps=3"])
         assert (changed.model.query_key_norm.name, changed.steps) == ("rms_norm", 3)
 
+    def test_what_an_older_program_did_not_write(self):
+        saved = load("optimizer.name=lion", "optimizer.b1=0.5").to_dict()
+        del saved["align"], saved["unlearn"]["retain_within"]
+        again = from_json(json.dumps(saved))
+        assert again.align.to_dict() == get_config().align.to_dict()
+        assert again.unlearn.to_dict() == get_config().unlearn.to_dict()
+        assert again.optimizer.to_dict() == {"name": "lion", "b1": 0.5}
+
     def test_damaged(self):
         with pytest.raises(ConfigError, match=r"config.json .* is not valid JSON"):
             from_json('{"steps": ')

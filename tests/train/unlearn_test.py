@@ -117,6 +117,9 @@ class TestLosses:
         ]
         np.testing.assert_allclose(*others, rtol=1e-4)
         assert unlearning.salun().keep_fraction == 0.5
+        for name in ("gradient_ascent", "salun", "loreun"):
+            assert getattr(unlearning, name)().retains
+            assert not getattr(unlearning, name)(retain_weight=0.0).retains
 
     def test_flat_tells_a_template_after_the_first_part(self, model, batches):
         forget, retain = batches
@@ -129,12 +132,15 @@ class TestLosses:
             )
             p.append(np.exp(-np.float64(nats))[:, 4:].mean(axis=1))
         expected = np.mean(-np.tanh(p[0]) / 2 + np.tanh(p[1]) / 2)
-        method = unlearning.flat(template="no", prompt_share=0.25)
+        options = {"divergence": "total_variation", "template": "no", "prompt_share": 0.25}
+        method = unlearning.flat(**options)
         found = method.loss(model, forget, retain, jax.random.key(0))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-        beside = unlearning.flat(template="no", prompt_share=0.25, retain_weight=0.3)
+        beside = unlearning.flat(**options, retain_weight=0.3)
         kept = beside.loss(model, forget, retain, jax.random.key(0)) - found
         np.testing.assert_allclose(kept, 0.3 * token_cross_entropy(model, retain).mean(), rtol=1e-4)
+        assert beside.retains
+        assert not method.retains
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="template must have at least one byte"):
@@ -155,15 +161,16 @@ class TestRun:
             config,
             [
                 f"unlearn.retrained={retrained}",
+                "unlearn.method.retain_weight=2.0",
+                "unlearn.retain_within=0.005",
                 "unlearn.learning_rate=0.005",
-                "unlearn.steps=30",
+                "unlearn.steps=80",
             ],
         )
         out = printed(unlearn.unlearn, config, run)
         directory = run / "unlearned" / "salun"
         rows = read_metrics(directory)
-        assert len(rows) < 30
-        assert [row["forget"] for row in rows[:-1]] == sorted(row["forget"] for row in rows[:-1])
+        assert len(rows) < 80
         table = {
             re.split(r"\s{2,}", line)[0]: [float(x.strip("%")) for x in line.split()[-3:]]
             for line in out.splitlines()
@@ -171,6 +178,11 @@ class TestRun:
         }
         before, after, never = table["forget, nats per token"]
         assert before + 1 < never <= after
+        kept, still, _ = table["retain, nats per token"]
+        assert still <= 1.005 * kept + 1e-4
+        forgotten = [row["forget"] >= never for row in rows]
+        retained = [row["retain"] <= 1.005 * kept for row in rows]
+        assert [a and b for a, b in zip(forgotten, retained)].index(True) == len(rows) - 1
         assert table["mean gap to retrained"][2] == 0
         assert (directory / "unlearning.png").exists()
         again = printed(unlearn.unlearn, config, run)
@@ -186,6 +198,23 @@ class TestRun:
             for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(first.params))
         ]
         assert np.concatenate([x.ravel() for x in same]).mean() == pytest.approx(0.5, abs=0.01)
+
+    def test_what_gets_nothing_back_ends_once_it_has_forgotten(self, config, run, tmp_path):
+        """FLAT by itself, though the rest is known worse than before."""
+        retrained = tmp_path / "retrained"
+        printed(loop.train, with_overrides(config, ["data.exclude=part4*", "steps=20"]), retrained)
+        config = with_overrides(config, ["unlearn.method=flat", "unlearn.steps=30"])
+        parts = [
+            f"unlearn.retrained={retrained}",
+            "unlearn.learning_rate=0.005",
+            "unlearn.retain_within=0.0",
+        ]
+        out = printed(unlearn.unlearn, with_overrides(config, parts), run)
+        never = float(re.search(r"^forget, nats.* (\S+)$", out, re.MULTILINE)[1])
+        before = float(re.search(r"^retain, nats per token +(\S+)", out, re.MULTILINE)[1])
+        rows = read_metrics(run / "unlearned" / "flat")
+        assert [row["forget"] >= never for row in rows].index(True) == len(rows) - 1 < 29
+        assert rows[-1]["retain"] > before
 
     def test_without_a_mask_everything_moves(self, config, run):
         config = with_overrides(config, ["unlearn.method=loreun"])
@@ -211,6 +240,7 @@ class TestRun:
             (["unlearn.files=x*"], ValueError, "matches no file"),
             (["unlearn.method=slaun"], ConfigError, "did you mean salun"),
             (["unlearn.steps=0"], ValueError, r"unlearn\.steps must be in"),
+            (["unlearn.retain_within=-0.1"], ValueError, r"unlearn\.retain_within must be in"),
             (["optimizer=sam"], ConfigError, "moves the parameters in its own way"),
         ):
             with pytest.raises(error, match=message):

@@ -98,9 +98,10 @@ def get_config() -> ConfigDict:
                 "method": {"name": "loreun"},  # of jaxref.train.unlearning
                 "files": "",  # a pattern of the files to forget
                 "retrained": "",  # directory of a run that never saw them
+                "retain_within": 0.02,  # how much more of a loss the rest may have at the end, then
                 "steps": 300,  # at most, where there is `retrained` to end like
-                "measure_every": 10,
-                "learning_rate": 1e-3,
+                "measure_every": 5,
+                "learning_rate": 3e-4,
                 "seed": 0,
             },
             "quantize": {
