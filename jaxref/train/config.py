@@ -183,7 +183,7 @@ def from_json(text: str) -> ConfigDict:
     for key, value in get_config().items():
         if key not in config:
             config[key] = value
-        elif isinstance(value, ConfigDict) and key not in ROOMS and key not in FREE_KEYS:
+        elif isinstance(value, ConfigDict) and key not in (*ROOMS, "mesh", "rules"):
             for name in set(value) - set(config[key]):
                 config[key][name] = value[name]
     return config
