@@ -188,7 +188,7 @@ def test_docstrings_have_the_form_that_the_site_reads():
     assert found == {}
 
 
-def test_every_method_says_when_to_use_it_and_what_it_costs():
+def test_every_method_says_when_to_use_it_and_what_it_costs_and_has_an_example():
     site = importlib.import_module("jaxref_docs.site")
     silent = []
     for room in site.Site(ROOT).rooms:
@@ -197,8 +197,12 @@ def test_every_method_says_when_to_use_it_and_what_it_costs():
             is_alias = symbol.docstring.startswith("Another name of")
             if room.name not in site.PROGRAMS and is_method and not is_alias:
                 blocks = form.parse(symbol.docstring)
-                if not (form.advice(blocks) and form.cost(blocks)):
-                    silent.append(symbol.name)
+                has = {
+                    "use": form.advice(blocks),
+                    "cost": form.cost(blocks),
+                    "example": ">>>" in symbol.docstring,
+                }
+                silent += [f"{symbol.name}: {part}" for part, there in has.items() if not there]
     assert silent == []
 
 

@@ -195,6 +195,15 @@ class CARDConfig:
 
     Cost: at the defaults for 7 channels 32 thousand parameters and 1.5 million multiplications a
     window.
+
+    Example:
+      >>> config = CARDConfig(channels=7)
+      >>> model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+      >>> print(sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
+      32112
+
+    Reference: Wang, Zhou, Wen, Gao, Ding, Jin, "CARD: Channel Aligned Robust Blend Transformer for
+    Time Series Forecasting", 2023, arXiv:2305.12095.
     """
 
     channels: int

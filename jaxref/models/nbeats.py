@@ -54,6 +54,16 @@ class NBEATSConfig:
 
     Cost: 2.6 million parameters and 10.6 million multiplications a series at the defaults, for 120
     steps and a horizon of 24.
+
+    Example:
+      >>> config = NBEATSConfig(context_length=120, horizon=24)
+      >>> model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+      >>> print(sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
+      2647040
+
+    Reference: Lee, Jeon, Kang, Park, "Feature-aligned N-BEATS with Sinkhorn divergence", 2023,
+    arXiv:2305.15196; the model is of Oreshkin, Carpov, Chapados, Bengio, "N-BEATS: Neural basis
+    expansion analysis for interpretable time series forecasting", 2019, arXiv:1905.10437.
     """
 
     context_length: int

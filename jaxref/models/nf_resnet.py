@@ -51,6 +51,16 @@ class NFResNetConfig:
 
     Cost: at the defaults for 1000 classes 25.6 million parameters and 4.1 billion multiplications
     an image.
+
+    Example:
+      >>> config = NFResNetConfig(num_classes=1000)
+      >>> model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+      >>> print(sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
+      25556984
+
+    Reference: Brock, De, Smith, "Characterizing signal propagation to close the performance gap in
+    unnormalized ResNets", 2021, arXiv:2101.08692; SkipInit after De, Smith, "Batch Normalization
+    Biases Residual Blocks Towards the Identity Function in Deep Networks", 2020, arXiv:2002.10444.
     """
 
     num_classes: int

@@ -72,6 +72,16 @@ class ResNetConfig:
 
     Cost: for 1000 classes 11.7 million parameters and 1.8 billion multiplications an image at depth
     18, 25.6 and 4.1 at 50, 60.2 and 11.5 at 152.
+
+    Example:
+      >>> config = ResNetConfig(num_classes=1000)
+      >>> model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+      >>> print(sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
+      25557032
+
+    Reference: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2015,
+    arXiv:1512.03385; the stride on the 3 x 3 convolution and gains that start at 0 after Goyal et
+    al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017, arXiv:1706.02677.
     """
 
     num_classes: int

@@ -58,6 +58,15 @@ class ScatSimCLRConfig:
 
     Cost: 15.5 million parameters and 6.4 billion multiplications an image at the defaults, 6.1
     million and 1.0 billion with 8 blocks.
+
+    Example:
+      >>> config = ScatSimCLRConfig()
+      >>> model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+      >>> print(sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
+      15499904
+
+    Reference: Kinakh, Taran, Voloshynovskiy, "ScatSimCLR: self-supervised contrastive learning with
+    pretext task regularization for small-scale datasets", 2021, arXiv:2108.13939.
     """
 
     image_shape: tuple[int, int, int] = (96, 96, 3)

@@ -220,6 +220,12 @@ class VisionTransformerConfig:
     Cost: at the defaults for 1000 classes 86.6 million parameters and 17.6 billion multiplications
     an image.
 
+    Example:
+      >>> config = VisionTransformerConfig(num_classes=1000)
+      >>> model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+      >>> print(sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
+      86567656
+
     Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image
     Recognition at Scale", 2020, arXiv:2010.11929.
     """

@@ -159,6 +159,14 @@ class WideNetConfig:
 
     Cost: at the defaults for 1000 classes 22.8 million parameters; in evaluation, where all experts
     see all tokens, 51 billion multiplications an image.
+
+    Example:
+      >>> config = WideNetConfig(num_classes=1000)
+      >>> model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+      >>> print(sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
+      22805224
+
+    Reference: Xue, Shi, Wei, Lou, Liu, You, "Go Wider Instead of Deeper", 2021, arXiv:2107.11817.
     """
 
     num_classes: int

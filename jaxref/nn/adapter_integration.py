@@ -30,6 +30,10 @@ class IntegratorParam(nnx.Param):
 
     Cost: none: it marks variables.
 
+    Example:
+      >>> isinstance(IntegratorParam(jnp.zeros(2)), nnx.Param)
+      True
+
     Reference: Hadad, Roitman, Eshel, Shapira, Rokach, "X-Cross: Dynamic Integration of Language
     Models for Cross-Domain Sequential Recommendation", 2025, arXiv:2504.20859.
     """

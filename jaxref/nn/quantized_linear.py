@@ -34,6 +34,12 @@ class QuantizedWeight(nnx.Variable):
     `QuantizedLinear` has them.
 
     Cost: the bits of its pytree, scales included.
+
+    Example:
+      >>> from jaxref.quantization import QuantSpec, quantize
+      >>> weight = QuantizedWeight(quantize(jnp.ones((4, 2)), QuantSpec(bits=8)))
+      >>> isinstance(weight, nnx.Param)
+      False
     """
 
 

@@ -14,6 +14,11 @@ class GradientState(nnx.Variable):
     forward pass, `AuxiliaryLoss` for what is to be minimised.
 
     Cost: a gradient of the size of the state in every step of training.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> isinstance(GradientState(jnp.zeros(2)), nnx.Param)
+      False
     """
 
 
@@ -27,4 +32,9 @@ class AuxiliaryLoss(nnx.Variable):
     `MixtureOfExperts`; `GradientState` is for statistics.
 
     Cost: one scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(AuxiliaryLoss(jnp.float32(0.5)).get_value())
+      0.5
     """
